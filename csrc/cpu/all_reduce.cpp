@@ -1,0 +1,123 @@
+// all_reduce between the processes of one host, through shared memory.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "cpu/groups.h"
+#include "cpu/sum.h"
+#include "fallback.h"
+#include "inference_only.h"
+#include "tensor.h"
+
+namespace sgl_comm::cpu {
+
+namespace {
+
+// Up to here every rank reads all inputs and sums all of it; above, each sums its part and reads the other parts.
+constexpr size_t kDirectBytes = 8 << 10;
+static_assert(kDirectBytes <= ShmCommunicator::kSlotBytes);
+
+struct Message {
+  DType dtype;
+  const std::byte* in;
+  std::byte* out;  // may be `in`
+  size_t count;
+};
+
+// Sums elements [first, first + count) of the step's slots into `out`; this rank's own come from the caller's memory.
+void sum_slots(const ShmCommunicator& comm, DType dtype, const std::byte* own, std::byte* out, size_t first,
+               size_t count) {
+  const void* sources[kMaxWorld];
+  const size_t offset = first * size_of(dtype);
+  for (int r = 0; r < comm.world(); ++r) sources[r] = (r == comm.rank() ? own : comm.slot(r)) + offset;
+  sum_in_order(dtype, out, sources, comm.world(), count);
+}
+
+void direct(ShmCommunicator& comm, const Message& message) {
+  comm.next_step();
+  std::memcpy(comm.slot(comm.rank()), message.in, message.count * size_of(message.dtype));
+  comm.arrive();
+  comm.await_arrivals();
+  sum_slots(comm, message.dtype, message.in, message.out, 0, message.count);
+}
+
+// One chunk, at most a slot large. Rank r sums the elements from part(r) to part(r + 1) and all copy out the sums.
+void two_phase(ShmCommunicator& comm, const Message& message) {
+  constexpr size_t kLine = 64;  // parts begin on cache lines of the slots
+  const size_t size = size_of(message.dtype), bytes = message.count * size, world = comm.world();
+  const size_t step = (bytes + world * kLine - 1) / (world * kLine) * kLine;
+  const auto part = [&](int rank) { return std::min(bytes, rank * step); };
+  const size_t begin = part(comm.rank()), end = part(comm.rank() + 1);
+
+  comm.next_step();
+  std::byte* const slot = comm.slot(comm.rank());
+  std::memcpy(slot, message.in, begin);  // the peers' parts; one's own stays where it is
+  std::memcpy(slot + end, message.in + end, bytes - end);
+  comm.arrive();
+  comm.await_arrivals();
+  sum_slots(comm, message.dtype, message.in, comm.sums() + begin, begin / size, (end - begin) / size);
+  comm.announce_sum();
+  std::memcpy(message.out + begin, comm.sums() + begin, end - begin);
+  for (int peer = 0; peer < comm.world(); ++peer) {
+    if (peer == comm.rank()) continue;
+    comm.await_sum(peer);
+    std::memcpy(message.out + part(peer), comm.sums() + part(peer), part(peer + 1) - part(peer));
+  }
+}
+
+void sum_over_ranks(ShmCommunicator& comm, const Message& message) {
+  const auto turn = comm.begin({Call::Kind::kAllReduce, message.dtype, message.count});
+  const size_t size = size_of(message.dtype);
+  if (message.count * size <= kDirectBytes) return direct(comm, message);
+  const size_t chunk = ShmCommunicator::kSlotBytes / size;
+  for (size_t first = 0; first < message.count; first += chunk) {
+    two_phase(comm, {message.dtype, message.in + first * size, message.out + first * size,
+                     std::min(chunk, message.count - first)});
+  }
+}
+
+bool shm_serves(const Groups::GroupPtr& group, const Tensor& input, const std::string& reduce_op) {
+  return group->communicator != nullptr && reduce_op == "sum" && dtype_of(input.scalar_type()) != DType::kOther;
+}
+
+void run(ShmCommunicator& comm, const Tensor& in, Tensor& out) {
+  sum_over_ranks(comm, {dtype_of(in.scalar_type()), static_cast<const std::byte*>(in.const_data_ptr()),
+                        static_cast<std::byte*>(out.mutable_data_ptr()), static_cast<size_t>(in.numel())});
+}
+
+Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
+                       const std::string& reduce_op) {
+  check_inference_only(op, input);
+  fallback::check_reduce_op(op, reduce_op);
+  return groups().find(op, group_name);
+}
+
+Tensor all_reduce(const Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+  const auto group = check("all_reduce", input, group_name, reduce_op);
+  if (!shm_serves(group, input, reduce_op)) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
+  Tensor out = empty_row_major(input);
+  run(*group->communicator, row_major(input), out);
+  return out;
+}
+
+void all_reduce_(Tensor input, const std::string& group_name, const std::string& reduce_op) {
+  const auto group = check("all_reduce_", input, group_name, reduce_op);
+  in_place("all_reduce_", input, [&](Tensor& x) {
+    if (shm_serves(group, x, reduce_op)) {
+      run(*group->communicator, x, x);
+    } else {
+      torch::stable::copy_(x, fallback::all_reduce("all_reduce_", x, group_name, reduce_op));
+    }
+  });
+}
+
+}  // namespace
+
+}  // namespace sgl_comm::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CPU, m) {
+  m.impl("all_reduce", TORCH_BOX(&sgl_comm::cpu::all_reduce));
+  m.impl("all_reduce_", TORCH_BOX(&sgl_comm::cpu::all_reduce_));
+}

@@ -1,0 +1,70 @@
+// Set-up and tear-down of groups, as ops that Python's Communicator calls.
+#include "cpu/groups.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tensor.h"
+
+namespace sgl_comm::cpu {
+
+namespace {
+
+void group_open(const std::string& name, int64_t rank, int64_t world) {
+  SGL_CHECK(world >= 1 && rank >= 0 && rank < world, "init: got rank ", rank, " of world ", world,
+            "; expected 0 <= rank < world");
+  groups().open(name, static_cast<int>(rank), static_cast<int>(world));
+}
+
+void group_close(const std::string& name) { groups().close(name); }
+
+Tensor shm_publish(const std::string& name, double timeout) {
+  const auto group = groups().find("init", name);
+  auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout);
+  const ShmHandle handle = communicator->publish();
+  group->communicator = std::move(communicator);
+  Tensor bytes = torch::stable::empty({static_cast<int64_t>(sizeof handle)}, torch::headeronly::ScalarType::Byte);
+  std::memcpy(bytes.mutable_data_ptr(), &handle, sizeof handle);
+  return bytes;
+}
+
+std::string shm_attach(const std::string& name, const Tensor& bytes) {
+  const auto group = groups().find("init", name);
+  const size_t expected = group->world * sizeof(ShmHandle);
+  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
+            " as handles; expected ", expected, " bytes in a row");
+  std::vector<ShmHandle> handles(group->world);
+  std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
+  return group->communicator->attach(handles);
+}
+
+void shm_settle(const std::string& name, bool agreed) {
+  const auto group = groups().find("init", name);
+  if (agreed) {
+    group->communicator->settle();
+  } else {
+    group->communicator.reset();
+  }
+}
+
+std::string shm_fault(const std::string& name) {
+  const auto group = groups().find("check", name);
+  return group->communicator ? group->communicator->fault() : "";
+}
+
+}  // namespace
+
+}  // namespace sgl_comm::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
+  m.impl("_group_open", TORCH_BOX(&sgl_comm::cpu::group_open));
+  m.impl("_group_close", TORCH_BOX(&sgl_comm::cpu::group_close));
+  m.impl("_shm_publish", TORCH_BOX(&sgl_comm::cpu::shm_publish));
+  m.impl("_shm_attach", TORCH_BOX(&sgl_comm::cpu::shm_attach));
+  m.impl("_shm_settle", TORCH_BOX(&sgl_comm::cpu::shm_settle));
+  m.impl("_shm_fault", TORCH_BOX(&sgl_comm::cpu::shm_fault));
+}

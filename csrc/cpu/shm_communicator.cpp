@@ -1,0 +1,212 @@
+#include "cpu/shm_communicator.h"
+
+#include <sched.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <sstream>
+#include <utility>
+
+#include "check.h"
+
+namespace sgl_comm {
+
+namespace {
+
+constexpr uint64_t kMagic = 0x314d4d4f434c4753;  // "SGLCOMM1"
+constexpr int64_t kSleepNanoseconds = 20'000'000;
+constexpr int kYields = 32;
+
+// Spinning pays while every rank can have a core of its own; else it keeps the core from the rank that is awaited.
+int spin_limit_for(int world) {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
+  return known && CPU_COUNT(&cores) >= world ? 4000 : 50;
+}
+
+std::string describe(uint64_t packed) {
+  const Call call = Call::unpacked(packed);
+  return "all_reduce of " + std::to_string(call.count) + " " + name_of(call.dtype);
+}
+
+}  // namespace
+
+ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds)
+    : group_name_(std::move(group_name)),
+      rank_(rank),
+      world_(world),
+      timeout_seconds_(timeout_seconds),
+      spin_limit_(spin_limit_for(world)) {}
+
+ShmCommunicator::~ShmCommunicator() {
+  if (header_ == nullptr) return;
+  RankArea& own = header_->ranks[rank_];
+  own.closed.store(1, std::memory_order_release);
+  own.arrived.wake();
+  own.summed.wake();
+}
+
+size_t ShmCommunicator::segment_bytes(int world) {
+  return (sizeof(Header) + 4095) / 4096 * 4096 + (2 * world + 1) * kSlotBytes;
+}
+
+void ShmCommunicator::lay_out() {
+  header_ = static_cast<Header*>(segment_.data());
+  slots_ = static_cast<std::byte*>(segment_.data()) + (sizeof(Header) + 4095) / 4096 * 4096;
+  sums_ = slots_ + 2 * world_ * kSlotBytes;
+}
+
+ShmHandle ShmCommunicator::publish() {
+  ShmHandle handle;
+  handle.rank = rank_;
+  handle.pid = getpid();
+  handle.world = world_;
+  handle.segment_bytes = segment_bytes(world_);
+  if (rank_ == 0 && segment_.create(handle.segment_bytes).empty() &&
+      getrandom(handle.nonce, sizeof handle.nonce, 0) == sizeof handle.nonce) {
+    lay_out();
+    header_->magic = kMagic;
+    std::copy_n(handle.nonce, 2, header_->nonce);
+    handle.descriptor = segment_.descriptor();
+  }
+  handle.magic = kMagic;
+  return handle;
+}
+
+std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
+  std::vector<int32_t> pids;
+  for (int r = 0; r < world_; ++r) {
+    const ShmHandle& handle = handles[r];
+    if (handle.magic != kMagic) return "rank " + std::to_string(r) + " could not publish a handle";
+    if (handle.rank != r || handle.world != world_) return "the ranks disagree about their group";
+    pids.push_back(handle.pid);
+  }
+  const ShmHandle& root = handles[0];
+  if (root.descriptor < 0) return "rank 0 could not make a shared-memory segment";
+  if (rank_ != 0) {
+    if (root.segment_bytes != segment_bytes(world_)) return "rank 0 runs another version of sgl_comm";
+    const std::string reason = segment_.open(root.pid, root.descriptor, root.segment_bytes);
+    if (!reason.empty()) return "rank 0's segment cannot be opened (" + reason + "): another host, container or user?";
+    lay_out();
+    if (header_->magic != kMagic || !std::equal(root.nonce, root.nonce + 2, header_->nonce)) {
+      header_ = nullptr;
+      return "rank 0's segment is not reachable from here (another host or container)";
+    }
+  }
+  peers_.open(pids);
+  return "";
+}
+
+std::unique_lock<std::mutex> ShmCommunicator::begin(const Call& call) {
+  std::unique_lock lock(mutex_);
+  if (__builtin_expect(header_->fault.state.load(std::memory_order_acquire) != 0, 0)) refuse();
+  call_ = call;
+  ++sequence_;
+  return lock;
+}
+
+void ShmCommunicator::arrive() {
+  RankArea& own = header_->ranks[rank_];
+  own.calls[step_ & 1].store(call_.packed(), std::memory_order_relaxed);
+  own.core.store(sched_getcpu(), std::memory_order_relaxed);
+  own.arrived.raise(step_);
+}
+
+void ShmCommunicator::await_arrivals() {
+  for (int peer = 0; peer < world_; ++peer) {
+    if (peer == rank_) continue;
+    await(header_->ranks[peer].arrived, peer);
+    if (header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed) != call_.packed()) {
+      give_up(FaultKind::kMismatch, peer);
+    }
+  }
+}
+
+void ShmCommunicator::announce_sum() { header_->ranks[rank_].summed.raise(step_); }
+
+void ShmCommunicator::await_sum(int rank) { await(header_->ranks[rank].summed, rank); }
+
+void ShmCommunicator::await(Flag& flag, int peer) {
+  for (int spin = 0; spin < spin_limit_; ++spin) {
+    if (flag.reached(step_)) return;
+    spin_pause();
+    if (spin % 64 == 63 && header_->ranks[peer].core.load(std::memory_order_relaxed) == sched_getcpu()) break;
+  }
+  await_slowly(flag, peer);
+}
+
+__attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int peer) {
+  using Clock = std::chrono::steady_clock;
+  for (int yield = 0; yield < kYields; ++yield) {
+    if (flag.reached(step_)) return;
+    sched_yield();
+  }
+  const Clock::time_point start = Clock::now();
+  for (;;) {
+    // What is seen of the peer's end is older than the second look at its flag: a rank may finish, close and leave.
+    const bool closed = header_->ranks[peer].closed.load(std::memory_order_acquire) != 0;
+    const bool died = !closed && !peers_.alive(peer);
+    if (flag.reached(step_)) return;
+    if (header_->fault.state.load(std::memory_order_acquire) != 0) refuse();
+    if (closed) give_up(FaultKind::kClosed, peer);
+    if (died) give_up(FaultKind::kDied, peer);
+    const double left = timeout_seconds_ - std::chrono::duration<double>(Clock::now() - start).count();
+    if (left <= 0) give_up(FaultKind::kTimeout, peer);
+    flag.sleep_below(step_, std::min<int64_t>(kSleepNanoseconds, static_cast<int64_t>(left * 1e9) + 1));
+  }
+}
+
+void ShmCommunicator::give_up(FaultKind kind, int peer) {
+  Fault& fault = header_->fault;
+  uint32_t none = 0;
+  if (fault.state.compare_exchange_strong(none, 1)) {  // the first fault is the one that all ranks report
+    fault.kind = kind;
+    fault.rank = rank_;
+    fault.peer = peer;
+    fault.sequence = sequence_;
+    fault.call = call_.packed();
+    fault.peer_call = header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed);
+    fault.state.store(2, std::memory_order_release);
+    for (RankArea& area : header_->ranks) {
+      area.arrived.wake();
+      area.summed.wake();
+    }
+  }
+  refuse();
+}
+
+void ShmCommunicator::refuse() const {
+  for (int look = 0; look < 1000 && header_->fault.state.load(std::memory_order_acquire) == 1; ++look) sched_yield();
+  fail("sgl_comm::all_reduce: rank ", rank_, " of group '", group_name_, "': ", fault());
+}
+
+std::string ShmCommunicator::fault() const {
+  if (header_ == nullptr || header_->fault.state.load(std::memory_order_acquire) == 0) return "";
+  const Fault& fault = header_->fault;
+  std::ostringstream text;
+  const std::string peer = "rank " + std::to_string(fault.peer), finder = "rank " + std::to_string(fault.rank);
+  switch (fault.kind) {
+    case FaultKind::kTimeout:
+      text << finder << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for " << peer << ", which never came to";
+      break;
+    case FaultKind::kDied:
+      text << peer << " died; " << finder << " was waiting for it in";
+      break;
+    case FaultKind::kClosed:
+      text << peer << " has closed its communicator; " << finder << " was waiting for it in";
+      break;
+    case FaultKind::kMismatch:
+      text << finder << " called " << describe(fault.call) << " where " << peer << " called "
+           << describe(fault.peer_call) << ", in";
+      break;
+  }
+  text << " call " << fault.sequence << " (" << describe(fault.call)
+       << "). The communicator is unusable on every rank: close() it and init() again";
+  return text.str();
+}
+
+}  // namespace sgl_comm

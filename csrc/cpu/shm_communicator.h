@@ -1,0 +1,127 @@
+// Storage for collectives between the processes of one host: one anonymous segment a group, mapped by every rank.
+//
+// Who writes what, when. Every collective is a sequence of steps, alike on all ranks; step e is the e-th since init.
+//   slot(r) of step e    written by rank r before it raises arrived[r] to e; read by the peers after they saw that.
+//   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
+//                        summed[r] to e; read by the peers after they saw that.
+// Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
+// saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. The sums
+// need one place only: they are written after every arrived >= e, which a peer raises after it has read those of e-1.
+// Each raise is a release, each wait an acquire (flag.h).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/flag.h"
+#include "cpu/shm.h"
+#include "dispatch.h"
+#include "peers.h"
+
+namespace sgl_comm {
+
+// What a rank calls; a call must be the same on every rank, which is checked before any of its data is used.
+struct Call {
+  enum class Kind : uint8_t { kAllReduce = 1 };
+  Kind kind;
+  DType dtype;
+  uint64_t count;
+
+  uint64_t packed() const { return uint64_t(kind) << 56 | uint64_t(dtype) << 48 | count; }
+  static Call unpacked(uint64_t word) {
+    return {Kind(word >> 56), DType(word >> 48 & 0xff), word & ((uint64_t{1} << 48) - 1)};
+  }
+};
+
+// What a rank tells the others at init, as bytes over their own group.
+struct ShmHandle {
+  uint64_t magic = 0;
+  uint64_t nonce[2] = {};
+  uint64_t segment_bytes = 0;
+  int32_t rank = -1;
+  int32_t pid = 0;
+  int32_t descriptor = -1;  // rank 0's memfd
+  int32_t world = 0;
+};
+
+class ShmCommunicator {
+ public:
+  static constexpr size_t kSlotBytes = 256 << 10;
+
+  ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds);
+  ~ShmCommunicator();
+
+  // Set-up, in this order on every rank; between the two the handles go round the group.
+  ShmHandle publish();
+  std::string attach(const std::vector<ShmHandle>& handles);  // empty, or why this rank cannot
+  void settle() { segment_.close_descriptor(); }              // all ranks have attached: nobody opens it again
+
+  int rank() const { return rank_; }
+  int world() const { return world_; }
+
+  // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
+  std::unique_lock<std::mutex> begin(const Call& call);
+  // A collective is one or more of: next_step, write slot(rank()), arrive, await_arrivals, read the slots; and where
+  // the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
+  void next_step() { ++step_; }
+  std::byte* slot(int rank) const { return slots_ + (2 * rank + (step_ & 1)) * kSlotBytes; }
+  std::byte* sums() const { return sums_; }
+  void arrive();
+  void await_arrivals();
+  void announce_sum();
+  void await_sum(int rank);
+
+  // Why the communicator is unusable; empty while it is not.
+  std::string fault() const;
+
+ private:
+  enum class FaultKind : int32_t { kTimeout, kDied, kClosed, kMismatch };
+  struct Fault {
+    std::atomic<uint32_t> state;  // 0 none, 1 being written, 2 written
+    FaultKind kind;
+    int32_t rank, peer;
+    uint64_t sequence, call, peer_call;
+  };
+  struct RankArea {
+    Flag arrived;
+    Flag summed;
+    alignas(64) std::atomic<uint64_t> calls[2];  // the packed Call of the step's parity, written before arrived
+    std::atomic<int32_t> core;  // where the rank last arrived: no use spinning for a peer that needs this very core
+    std::atomic<uint32_t> closed;
+  };
+  struct Header {
+    uint64_t magic;
+    uint64_t nonce[2];
+    alignas(64) Fault fault;
+    RankArea ranks[kMaxWorld];
+  };
+
+  static size_t segment_bytes(int world);
+  void lay_out();
+  void await(Flag& flag, int peer);
+  void await_slowly(Flag& flag, int peer);
+  [[noreturn]] void give_up(FaultKind kind, int peer);
+  [[noreturn]] void refuse() const;
+
+  const std::string group_name_;
+  const int rank_;
+  const int world_;
+  const double timeout_seconds_;
+  const int spin_limit_;
+  SharedMemory segment_;
+  PeerProcesses peers_;
+  Header* header_ = nullptr;
+  std::byte* slots_ = nullptr;
+  std::byte* sums_ = nullptr;
+  std::mutex mutex_;
+  uint64_t step_ = 0;
+  uint64_t sequence_ = 0;
+  Call call_{};
+};
+
+}  // namespace sgl_comm

@@ -1,0 +1,132 @@
+#include "cpu/sum.h"
+
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers
+#endif
+
+// vec.h is included once an instruction set, each time in a namespace of its own and, on x86, in a region whose
+// functions may use that set; every header it needs is included above, outside the regions.
+#if defined(__clang__)
+#define SGL_TARGET_BEGIN(set) _Pragma(SGL_TEXT(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define SGL_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SGL_TARGET_BEGIN(set) _Pragma("GCC push_options") _Pragma(SGL_TEXT(GCC target(set)))
+#define SGL_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define SGL_TEXT(...) #__VA_ARGS__
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+SGL_TARGET_BEGIN("avx512f,avx512bw,avx512vl")
+namespace sgl_comm::avx512 {
+#define SGL_VEC_AVX512
+#include "cpu/vec.h"
+#undef SGL_VEC_AVX512
+}  // namespace sgl_comm::avx512
+SGL_TARGET_END
+SGL_TARGET_BEGIN("avx2,f16c")
+namespace sgl_comm::avx2 {
+#define SGL_VEC_AVX2
+#include "cpu/vec.h"
+#undef SGL_VEC_AVX2
+}  // namespace sgl_comm::avx2
+SGL_TARGET_END
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+namespace sgl_comm::neon {
+#define SGL_VEC_NEON
+#include "cpu/vec.h"
+#undef SGL_VEC_NEON
+}  // namespace sgl_comm::neon
+#endif
+namespace sgl_comm::scalar {
+#include "cpu/vec.h"
+}  // namespace sgl_comm::scalar
+
+namespace sgl_comm {
+
+namespace {
+
+using SumVectors = void (*)(DType, void*, const void* const*, int, size_t);
+
+struct Instructions {
+  const char* name;
+  SumVectors sum;
+  size_t lanes;
+};
+
+// The best that this machine has, or the one that SGL_COMM_CPU_INSTRUCTIONS names if the machine has it.
+Instructions choose_instructions() {
+  const char* wish = std::getenv("SGL_COMM_CPU_INSTRUCTIONS");
+  const auto allowed = [&](const char* name) { return wish == nullptr || *wish == '\0' || std::string(wish) == name; };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", avx512::sum_vectors, avx512::Vec::kLanes};
+  }
+  // f16c came before avx2 in every processor that has both.
+  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", avx2::sum_vectors, avx2::Vec::kLanes};
+#elif defined(__aarch64__)
+  if (allowed("neon")) return {"neon", neon::sum_vectors, neon::Vec::kLanes};
+#endif
+  return {"scalar", scalar::sum_vectors, scalar::Vec::kLanes};
+}
+
+const Instructions& instructions() {
+  static const Instructions chosen = choose_instructions();
+  return chosen;
+}
+
+// Round to nearest even and keep subnormals, whatever the thread was told (torch.set_flush_denormal).
+class DefaultFloatingPoint {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatingPoint() : saved_(_mm_getcsr()) {
+    if (saved_ & kChanged) _mm_setcsr(saved_ & ~kChanged);
+  }
+  ~DefaultFloatingPoint() {
+    if (saved_ & kChanged) _mm_setcsr(saved_);
+  }
+
+ private:
+  static constexpr unsigned kChanged = 0xe040;  // flush to zero, rounding mode, denormals are zero
+  unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultFloatingPoint() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (saved_ != 0) asm volatile("msr fpcr, xzr");
+  }
+  ~DefaultFloatingPoint() {
+    if (saved_ != 0) asm volatile("msr fpcr, %0" ::"r"(saved_));
+  }
+
+ private:
+  uint64_t saved_;
+#else
+  DefaultFloatingPoint() = default;
+#endif
+};
+
+}  // namespace
+
+void sum_in_order(DType dtype, void* out, const void* const* sources, int num_sources, size_t count) {
+  const DefaultFloatingPoint guard;
+  const Instructions& best = instructions();
+  const size_t whole = count / best.lanes * best.lanes;
+  if (whole > 0) best.sum(dtype, out, sources, num_sources, whole);
+  if (whole == count) return;
+  const void* ends[kMaxWorld];
+  for (int r = 0; r < num_sources; ++r) ends[r] = static_cast<const char*>(sources[r]) + whole * size_of(dtype);
+  scalar::sum_vectors(dtype, static_cast<char*>(out) + whole * size_of(dtype), ends, num_sources, count - whole);
+}
+
+const char* sum_instructions() { return instructions().name; }
+
+}  // namespace sgl_comm

@@ -1,0 +1,35 @@
+// Every op of the package: its schema and one line of meaning. Nothing else happens here; who implements an op
+// registers it at the end of its own file.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sgl_comm, m) {
+  // The front door: the sum (or `reduce_op`) of every rank's input, fresh and row-major. Always right: push kernels
+  // or shared memory where they serve the group and dtype, else NCCL or gloo.
+  m.def("all_reduce(Tensor input, str group_name, str reduce_op=\"sum\") -> Tensor");
+  // The same, in place, for any strides.
+  m.def("all_reduce_(Tensor(a!) input, str group_name, str reduce_op=\"sum\") -> ()");
+  // Push through an owned workspace (CUDA); an error, never a fallback, where it cannot. algo: auto, one_shot, ring.
+  m.def("custom_all_reduce_v2(Tensor input, str group_name, str algo=\"auto\") -> Tensor");
+
+  // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
+  // ranks exchange over their own group; reasons and texts are empty when all is well.
+  m.def("_group_open(str group_name, int rank, int world) -> ()");
+  m.def("_group_close(str group_name) -> ()");
+  m.def("_shm_publish(str group_name, float timeout) -> Tensor");
+  m.def("_shm_attach(str group_name, Tensor handles) -> str");
+  m.def("_shm_settle(str group_name, bool agreed) -> ()");
+  m.def("_shm_fault(str group_name) -> str");
+  m.def("_cuda_group_open(str group_name, int rank, int world) -> ()");
+  m.def("_cuda_group_close(str group_name) -> str");
+  m.def("_v2_publish(str group_name, int device, int max_size, float timeout) -> Tensor");
+  m.def("_v2_attach(str group_name, Tensor handles) -> str");
+  m.def("_v2_settle(str group_name, bool agreed) -> ()");
+  m.def("_v2_fault(str group_name) -> str");
+}
+
+// Importing the library is what registers the ops; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

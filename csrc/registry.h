@@ -1,0 +1,86 @@
+// Group name -> what serves it. One registry a library (the CPU's and CUDA's are apart); a name is known from open()
+// to close(), and closed names are remembered so that the error can say so.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+
+#include "check.h"
+
+namespace sgl_comm {
+
+// Counts forks: 0 in the process that loaded the library, one more in each forked child.
+inline std::atomic<int>& fork_depth() {
+  static std::atomic<int> depth{0};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++fork_depth(); });
+  (void)registered;
+  return depth;
+}
+
+// A group of ranks and the communicator that serves it; a null communicator means the fallback does.
+template <typename Communicator>
+struct Group {
+  std::string name;
+  int rank = 0;
+  int world = 1;
+  int fork_depth = 0;
+  std::unique_ptr<Communicator> communicator;
+};
+
+template <typename Communicator>
+class Registry {
+ public:
+  using GroupPtr = std::shared_ptr<Group<Communicator>>;
+
+  void open(const std::string& name, int rank, int world) {
+    auto group = std::make_shared<Group<Communicator>>();
+    *group = {name, rank, world, fork_depth().load(), nullptr};
+    std::unique_lock lock(mutex_);
+    const auto [place, added] = groups_.try_emplace(name, std::move(group));
+    SGL_CHECK(added, "init: group '", name, "' already has a communicator; close() it first");
+    closed_.erase(name);
+  }
+
+  // Takes the group out. Null where the name is unknown, or belongs to the parent of a forked child.
+  GroupPtr close(const std::string& name) {
+    std::unique_lock lock(mutex_);
+    const auto place = groups_.find(name);
+    if (place == groups_.end() || place->second->fork_depth != fork_depth().load()) return nullptr;
+    GroupPtr group = std::move(place->second);
+    groups_.erase(place);
+    closed_.insert(name);
+    return group;
+  }
+
+  GroupPtr find(const char* op, const std::string& name) const {
+    std::shared_lock lock(mutex_);
+    const auto place = groups_.find(name);
+    if (__builtin_expect(place == groups_.end(), 0)) refuse(op, name);
+    SGL_CHECK(place->second->fork_depth == fork_depth().load(), op, ": group '", name,
+              "' was made by the parent of this forked process; init() a group of the child's own");
+    return place->second;
+  }
+
+ private:
+  [[noreturn]] void refuse(const char* op, const std::string& name) const {
+    SGL_CHECK(!closed_.count(name), op, ": the communicator of group '", name, "' is closed; init() it again");
+    std::string known;
+    for (const auto& entry : groups_) known += (known.empty() ? "'" : ", '") + entry.first + "'";
+    fail("sgl_comm::", op, ": unknown group '", name, "'; call sgl_comm.init(group) first (known: ",
+         known.empty() ? "none" : known, ")");
+  }
+
+  mutable std::shared_mutex mutex_;
+  std::unordered_map<std::string, GroupPtr> groups_;
+  std::unordered_set<std::string> closed_;
+};
+
+}  // namespace sgl_comm

@@ -1,0 +1,104 @@
+// The only code that looks at strides. Every other file sees row-major memory: a pointer and a count.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "check.h"
+
+namespace sgl_comm {
+
+using Tensor = torch::stable::Tensor;
+
+// For error messages: "bfloat16[4, 128] on cpu".
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << torch::headeronly::toString(tensor.scalar_type()) << '[';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << "] on " << (tensor.is_cuda() ? "cuda" : tensor.is_cpu() ? "cpu" : "another device");
+  return text.str();
+}
+
+// A new tensor of `like`'s shape, dtype and device, uninitialised and row-major.
+inline Tensor empty_row_major(const Tensor& like) {
+  const int64_t dim = like.dim();
+  int64_t* sizes = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
+  constexpr int64_t kInline = 8;
+  int64_t inline_strides[kInline];
+  std::vector<int64_t> long_strides(dim > kInline ? dim : 0);
+  int64_t* strides = dim > kInline ? long_strides.data() : inline_strides;
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out));
+  return Tensor(out);
+}
+
+// The tensor itself where it is row-major, else a row-major copy of it.
+inline Tensor row_major(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Whether two of the tensor's elements share memory, as in the result of expand(). Exact.
+inline bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.is_contiguous() || tensor.numel() < 2) return false;
+  struct Dim {
+    int64_t stride, size;
+  };
+  std::vector<Dim> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dims.push_back({tensor.stride(d), tensor.size(d)});
+  }
+  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride < b.stride; });
+  // Each stride steps over all that the smaller ones reach: then no two elements can meet.
+  int64_t reach = 0;
+  bool nested = true;
+  for (const Dim& dim : dims) {
+    nested = nested && dim.stride > reach;
+    reach += dim.stride * (dim.size - 1);
+  }
+  if (nested) return false;
+  if (dims.front().stride == 0) return true;
+  // Interleaved strides (as_strided can make them): mark every offset that is used.
+  std::vector<bool> used(reach + 1);
+  std::vector<int64_t> index(dims.size());
+  for (;;) {
+    int64_t offset = 0;
+    for (size_t d = 0; d < dims.size(); ++d) offset += index[d] * dims[d].stride;
+    if (used[offset]) return true;
+    used[offset] = true;
+    size_t d = 0;
+    while (d < dims.size() && ++index[d] == dims[d].size) index[d++] = 0;
+    if (d == dims.size()) return false;
+  }
+}
+
+// Runs work(row-major tensor) so that the result ends in `tensor`, whatever its strides.
+template <typename Work>
+void in_place(const char* op, Tensor& tensor, Work&& work) {
+  if (tensor.is_contiguous()) {
+    work(tensor);
+    return;
+  }
+  SGL_CHECK(!overlaps_itself(tensor), op, ": got ", describe(tensor),
+            " in which several elements share memory (expand); expected a tensor that can hold its result in place");
+  Tensor copy = torch::stable::contiguous(tensor);
+  work(copy);
+  torch::stable::copy_(tensor, copy);
+}
+
+}  // namespace sgl_comm

@@ -1,0 +1,13 @@
+"""The communication inside a model layer: custom all-reduce on CPU and CUDA, as ``torch.ops.sgl_comm``."""
+
+from __future__ import annotations
+
+from sgl_comm import envs, ops
+from sgl_comm.build_info import BuildInfo, build_info
+from sgl_comm.communicator import Communicator, init
+from sgl_comm.errors import SglCommError
+
+__version__ = "0.1.0"
+__all__ = ["BuildInfo", "Communicator", "SglCommError", "build_info", "init", "ops"]
+
+envs.warn_about_unknown_names()

@@ -1,0 +1,67 @@
+"""Every environment variable of the package: its default and its meaning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from sgl_comm.errors import SglCommError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EnvVar:
+    """An environment variable: its name, its default as text, and what it means."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def text(self) -> str:
+        """Its value now, or the default where it is unset or empty."""
+        return os.environ.get(self.name, "") or self.default
+
+
+TIMEOUT = EnvVar(
+    "SGL_COMM_TIMEOUT",
+    "300",
+    "Seconds (float, above 0) after which a wait for a peer ends in an error. Read by init().",
+)
+CPU_INSTRUCTIONS = EnvVar(
+    "SGL_COMM_CPU_INSTRUCTIONS",
+    "",
+    "avx512, avx2, neon or scalar: use no better instructions than these on the CPU. Read at the first sum.",
+)
+BUILD_CUDA = EnvVar(
+    "SGL_COMM_BUILD_CUDA",
+    "",
+    "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
+)
+
+ALL = (TIMEOUT, CPU_INSTRUCTIONS, BUILD_CUDA)
+
+
+def timeout_seconds() -> float:
+    """``SGL_COMM_TIMEOUT`` in seconds.
+
+    Raises:
+        SglCommError: if it is not a number above 0.
+    """
+    text = TIMEOUT.text()
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise SglCommError(f"init: got {TIMEOUT.name}={text!r}; expected a number of seconds above 0")
+    return seconds
+
+
+def warn_about_unknown_names() -> None:
+    """Logs a warning for each ``SGL_COMM_*`` variable that nothing reads: mostly a misspelling."""
+    known = {variable.name for variable in ALL}
+    for name in sorted(os.environ):
+        if name.startswith("SGL_COMM_") and name not in known:
+            logger.warning("%s is set but sgl_comm has no such variable (known: %s)", name, ", ".join(sorted(known)))

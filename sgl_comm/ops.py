@@ -1,0 +1,78 @@
+"""Typed one-line wrappers of ``torch.ops.sgl_comm``; their errors are ``SglCommError``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import sgl_comm._fake  # noqa: F401  (registers the ops and what compilers know of them)
+from sgl_comm.errors import SglCommError
+
+_ops = torch.ops.sgl_comm
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise SglCommError(str(error)) from None
+
+
+def all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
+    """The sum of every rank's ``input``; the front door, always right.
+
+    Sums of float32, bfloat16 and float16 are added in fp32 in rank order and rounded once, so that every rank has the
+    same bits whatever the size, backend or layout. Other dtypes and reduce ops go to NCCL or gloo, which promise no
+    order.
+
+    Args:
+        input: any shape and strides, alike in shape and dtype on all ranks; must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+        reduce_op: "sum", "avg", "product", "min", "max", "band", "bor" or "bxor".
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device, which aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.all_reduce(input, group_name, reduce_op)
+    with _own_errors():
+        return _ops.all_reduce(input, group_name, reduce_op)
+
+
+def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
+    """``all_reduce`` in place: the caller's own tensor holds the result, whatever its strides.
+
+    Args and errors as for ``all_reduce``; a tensor that overlaps itself (``expand``) is refused before anything is sent.
+    """
+    if torch.compiler.is_compiling():
+        _ops.all_reduce_(input, group_name, reduce_op)
+        return
+    with _own_errors():
+        _ops.all_reduce_(input, group_name, reduce_op)
+
+
+def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> Tensor:
+    """The sum of every rank's ``input`` by the push kernels; an error, never a fallback, where they cannot.
+
+    Args:
+        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
+        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
+        algo: "auto", "one_shot" (messages up to the workspace's slot) or "ring" (any size).
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device; the same bits whatever the algorithm.
+
+    Raises:
+        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.custom_all_reduce_v2(input, group_name, algo)
+    with _own_errors():
+        return _ops.custom_all_reduce_v2(input, group_name, algo)

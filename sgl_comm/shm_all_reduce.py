@@ -1,0 +1,74 @@
+"""All-reduce between the processes of one host through shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgl_comm import envs
+from sgl_comm import ops as sgl_ops
+from sgl_comm.rendezvous import Rendezvous
+
+_ops = torch.ops.sgl_comm
+
+SUPPORTED_WORLD_SIZES = range(1, 9)
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ShmAllReduce:
+    """Owns a group's place in the CPU registry and, where all ranks share a host, its shared-memory segment.
+
+    The segment is anonymous: (2 * world + 1) slots of 256 KiB, whatever the size of the messages.
+
+    Args:
+        group: the ranks, or None for the default group. Making one is a collective call.
+        device: accepted for the protocol's sake; only "cpu" makes sense.
+        max_size: accepted for the protocol's sake; every size is served.
+
+    Raises:
+        SglCommError: the group already has a communicator.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device | str = "cpu", max_size: int | None = None
+    ) -> None:
+        link = Rendezvous.of(group)
+        self.group_name = link.name
+        with sgl_ops._own_errors():
+            _ops._group_open(link.name, link.rank, link.world)
+        self.reason = self._set_up(link)
+        self.disabled = bool(self.reason)
+
+    def _set_up(self, link: Rendezvous) -> str:
+        """Makes and shares the segment. Returns why it cannot be used, the same on every rank; empty if it can."""
+        if link.world not in SUPPORTED_WORLD_SIZES:
+            return f"world size {link.world} is not one of {SUPPORTED_WORLD_SIZES.start} to {SUPPORTED_WORLD_SIZES[-1]}"
+        handles = link.all_gather(_ops._shm_publish(link.name, envs.timeout_seconds()))
+        reason = link.agree(_ops._shm_attach(link.name, handles))
+        _ops._shm_settle(link.name, not reason)
+        return reason
+
+    def should_custom_ar(self, input: Tensor) -> bool:
+        """Whether shared memory serves this tensor."""
+        return not self.disabled and input.device.type == "cpu" and input.dtype in SUPPORTED_DTYPES
+
+    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
+        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
+        return sgl_ops.all_reduce(input, self.group_name) if self.should_custom_ar(input) else None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Nothing needs registering on the CPU."""
+        yield
+
+    def fault(self) -> str:
+        """Why the communicator has become unusable; empty while it is not."""
+        return _ops._shm_fault(self.group_name)
+
+    def close(self) -> None:
+        """Gives the group's name and memory up. Not collective; a peer that still calls gets an error at once."""
+        _ops._group_close(self.group_name)

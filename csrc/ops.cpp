@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");
   m.def("_cuda_group_open(str group_name, int rank, int world) -> ()");
-  m.def("_cuda_group_close(str group_name) -> str");
+  m.def("_cuda_group_close(str group_name) -> ()");
   m.def("_v2_publish(str group_name, int device, int max_size, float timeout) -> Tensor");
   m.def("_v2_attach(str group_name, Tensor handles) -> str");
   m.def("_v2_settle(str group_name, bool agreed) -> ()");

@@ -48,6 +48,13 @@ inline Tensor empty_row_major(const Tensor& like) {
   return Tensor(out);
 }
 
+// A new row-major tensor of the same values.
+inline Tensor fresh_row_major(const Tensor& tensor) {
+  Tensor out = empty_row_major(tensor);
+  torch::stable::copy_(out, tensor);
+  return out;
+}
+
 // The tensor itself where it is row-major, else a row-major copy of it.
 inline Tensor row_major(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

@@ -34,7 +34,7 @@ def init(
         device: where most tensors will be: "cpu", or this rank's GPU ("cuda", "cuda:1", 1). None takes the current
             GPU if the group's backend is NCCL, else the CPU. CPU tensors are served either way.
         max_size: bytes a rank's largest one-launch message may have (default 4 MiB); bounds the GPU workspace to
-            2 * (world - 1) * max_size, and nothing else: larger messages pass through it in chunks.
+            2 * world * max_size and a little, and nothing else: larger messages pass through it in chunks.
 
     Returns:
         The group's ``Communicator``; also a context manager.
@@ -67,7 +67,7 @@ class Communicator:
         self._v2: CustomAllReduceV2 | None = None
         if self.device.type == "cuda":
             try:
-                self._v2 = CustomAllReduceV2(link.group, self.device, max_size, host=self._shm)
+                self._v2 = CustomAllReduceV2(link.group, self.device, max_size)
             except BaseException:
                 self._shm.close()
                 raise

@@ -1,18 +1,83 @@
-"""All-reduce between GPUs by pushing into the peers' workspaces."""
+"""All-reduce between GPUs of one host by pushing into the peers' workspaces."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sgl_comm import _library, envs
+from sgl_comm import ops as sgl_ops
+from sgl_comm.rendezvous import Rendezvous
+
+_ops = torch.ops.sgl_comm
+
+SUPPORTED_WORLD_SIZES = range(1, 9)
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class CustomAllReduceV2:
-    def __init__(self, group: ProcessGroup | None, device: torch.device, max_size: int | None = None, host=None) -> None:
-        self.disabled = True
-        self.reason = "not yet"
+    """Owns a group's place in the CUDA registry and, where the kernels can serve it, this rank's workspace.
+
+    The workspace is one ``cudaMalloc`` of 2 * world * max_size bytes and a little, shared by CUDA IPC and opened by
+    each peer once. The user's own tensors are never shared.
+
+    Args:
+        group: the ranks, or None for the default group. Making one is a collective call.
+        device: this rank's GPU. Several ranks may share one.
+        max_size: bytes of the largest message that goes in one launch without the ring, a multiple of 16, at least
+            65536; None for 4 MiB (world 8: 64 MiB a rank). Alike on all ranks. Bounds the workspace alone.
+
+    Raises:
+        SglCommError: the group already has a communicator, or a bad max_size.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device | str | int, max_size: int | None = None
+    ) -> None:
+        link = Rendezvous.of(group)
+        self.group_name = link.name
+        self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        self._registered = not _library.cuda_missing
+        self.reason = link.agree(_library.cuda_missing)
+        if self._registered:
+            with sgl_ops._own_errors():
+                _ops._cuda_group_open(link.name, link.rank, link.world)
+            self.reason = self.reason or self._set_up(link, max_size)
+        self.disabled = bool(self.reason)
+
+    def _set_up(self, link: Rendezvous, max_size: int | None) -> str:
+        """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
+        if link.world not in SUPPORTED_WORLD_SIZES:
+            return f"world size {link.world} is not one of {SUPPORTED_WORLD_SIZES.start} to {SUPPORTED_WORLD_SIZES[-1]}"
+        if link.world == 1:
+            return ""
+        mine = _ops._v2_publish(link.name, self.device.index or 0, max_size or 0, envs.timeout_seconds())
+        reason = link.agree(_ops._v2_attach(link.name, link.all_gather(mine)))
+        _ops._v2_settle(link.name, not reason)
+        return reason
+
+    def should_custom_ar(self, input: Tensor) -> bool:
+        """Whether the kernels serve this tensor; its size does not matter."""
+        return not self.disabled and input.device == self.device and input.dtype in SUPPORTED_DTYPES
+
+    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
+        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
+        return sgl_ops.custom_all_reduce_v2(input, self.group_name) if self.should_custom_ar(input) else None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Nothing needs registering: the kernels touch no memory of the user's at a peer."""
+        yield
 
     def fault(self) -> str:
-        return ""
+        """Why the communicator has become unusable; empty while it is not. Does not wait for the GPU."""
+        return _ops._v2_fault(self.group_name) if self._registered else ""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Waits for this rank's kernels and gives the workspace up; a peer that still calls gets an error in time."""
+        if self._registered:
+            _ops._cuda_group_close(self.group_name)

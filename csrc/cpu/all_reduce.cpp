@@ -70,6 +70,10 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
 void sum_over_ranks(ShmCommunicator& comm, const Message& message) {
   const auto turn = comm.begin({Call::Kind::kAllReduce, message.dtype, message.count});
   const size_t size = size_of(message.dtype);
+  if (comm.world() == 1) {
+    if (message.out != message.in) std::memcpy(message.out, message.in, message.count * size);
+    return;
+  }
   if (message.count * size <= kDirectBytes) return direct(comm, message);
   const size_t chunk = ShmCommunicator::kSlotBytes / size;
   for (size_t first = 0; first < message.count; first += chunk) {

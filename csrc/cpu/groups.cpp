@@ -25,7 +25,7 @@ void group_close(const std::string& name) { groups().close(name); }
 Tensor shm_publish(const std::string& name, double timeout) {
   const auto group = groups().find("init", name);
   auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout);
-  const ShmHandle handle = communicator->publish();
+  const SegmentHandle handle = communicator->publish();
   group->communicator = std::move(communicator);
   Tensor bytes = torch::stable::empty({static_cast<int64_t>(sizeof handle)}, torch::headeronly::ScalarType::Byte);
   std::memcpy(bytes.mutable_data_ptr(), &handle, sizeof handle);
@@ -34,10 +34,10 @@ Tensor shm_publish(const std::string& name, double timeout) {
 
 std::string shm_attach(const std::string& name, const Tensor& bytes) {
   const auto group = groups().find("init", name);
-  const size_t expected = group->world * sizeof(ShmHandle);
+  const size_t expected = group->world * sizeof(SegmentHandle);
   SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
             " as handles; expected ", expected, " bytes in a row");
-  std::vector<ShmHandle> handles(group->world);
+  std::vector<SegmentHandle> handles(group->world);
   std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
   return group->communicator->attach(handles);
 }

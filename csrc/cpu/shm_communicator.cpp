@@ -1,8 +1,6 @@
 #include "cpu/shm_communicator.h"
 
 #include <sched.h>
-#include <sys/random.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,7 +14,6 @@ namespace sgl_comm {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x314d4d4f434c4753;  // "SGLCOMM1"
 constexpr int64_t kSleepNanoseconds = 20'000'000;
 constexpr int kYields = 32;
 
@@ -50,54 +47,16 @@ ShmCommunicator::~ShmCommunicator() {
   own.summed.wake();
 }
 
-size_t ShmCommunicator::segment_bytes(int world) {
-  return (sizeof(Header) + 4095) / 4096 * 4096 + (2 * world + 1) * kSlotBytes;
+SegmentHandle ShmCommunicator::publish() {
+  return segment_.publish(rank_, world_, kHeaderBytes + (2 * world_ + 1) * kSlotBytes);
 }
 
-void ShmCommunicator::lay_out() {
-  header_ = static_cast<Header*>(segment_.data());
-  slots_ = static_cast<std::byte*>(segment_.data()) + (sizeof(Header) + 4095) / 4096 * 4096;
+std::string ShmCommunicator::attach(const std::vector<SegmentHandle>& handles) {
+  std::string reason = segment_.attach(rank_, handles);
+  if (!reason.empty()) return reason;
+  header_ = reinterpret_cast<Header*>(segment_.data());
+  slots_ = segment_.data() + kHeaderBytes;
   sums_ = slots_ + 2 * world_ * kSlotBytes;
-}
-
-ShmHandle ShmCommunicator::publish() {
-  ShmHandle handle;
-  handle.rank = rank_;
-  handle.pid = getpid();
-  handle.world = world_;
-  handle.segment_bytes = segment_bytes(world_);
-  if (rank_ == 0 && segment_.create(handle.segment_bytes).empty() &&
-      getrandom(handle.nonce, sizeof handle.nonce, 0) == sizeof handle.nonce) {
-    lay_out();
-    header_->magic = kMagic;
-    std::copy_n(handle.nonce, 2, header_->nonce);
-    handle.descriptor = segment_.descriptor();
-  }
-  handle.magic = kMagic;
-  return handle;
-}
-
-std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
-  std::vector<int32_t> pids;
-  for (int r = 0; r < world_; ++r) {
-    const ShmHandle& handle = handles[r];
-    if (handle.magic != kMagic) return "rank " + std::to_string(r) + " could not publish a handle";
-    if (handle.rank != r || handle.world != world_) return "the ranks disagree about their group";
-    pids.push_back(handle.pid);
-  }
-  const ShmHandle& root = handles[0];
-  if (root.descriptor < 0) return "rank 0 could not make a shared-memory segment";
-  if (rank_ != 0) {
-    if (root.segment_bytes != segment_bytes(world_)) return "rank 0 runs another version of sgl_comm";
-    const std::string reason = segment_.open(root.pid, root.descriptor, root.segment_bytes);
-    if (!reason.empty()) return "rank 0's segment cannot be opened (" + reason + "): another host, container or user?";
-    lay_out();
-    if (header_->magic != kMagic || !std::equal(root.nonce, root.nonce + 2, header_->nonce)) {
-      header_ = nullptr;
-      return "rank 0's segment is not reachable from here (another host or container)";
-    }
-  }
-  peers_.open(pids);
   return "";
 }
 
@@ -149,7 +108,7 @@ __attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int pee
   for (;;) {
     // What is seen of the peer's end is older than the second look at its flag: a rank may finish, close and leave.
     const bool closed = header_->ranks[peer].closed.load(std::memory_order_acquire) != 0;
-    const bool died = !closed && !peers_.alive(peer);
+    const bool died = !closed && !segment_.peers().alive(peer);
     if (flag.reached(step_)) return;
     if (header_->fault.state.load(std::memory_order_acquire) != 0) refuse();
     if (closed) give_up(FaultKind::kClosed, peer);

@@ -19,9 +19,8 @@
 #include <vector>
 
 #include "cpu/flag.h"
-#include "cpu/shm.h"
 #include "dispatch.h"
-#include "peers.h"
+#include "group_segment.h"
 
 namespace sgl_comm {
 
@@ -38,17 +37,6 @@ struct Call {
   }
 };
 
-// What a rank tells the others at init, as bytes over their own group.
-struct ShmHandle {
-  uint64_t magic = 0;
-  uint64_t nonce[2] = {};
-  uint64_t segment_bytes = 0;
-  int32_t rank = -1;
-  int32_t pid = 0;
-  int32_t descriptor = -1;  // rank 0's memfd
-  int32_t world = 0;
-};
-
 class ShmCommunicator {
  public:
   static constexpr size_t kSlotBytes = 256 << 10;
@@ -57,9 +45,9 @@ class ShmCommunicator {
   ~ShmCommunicator();
 
   // Set-up, in this order on every rank; between the two the handles go round the group.
-  ShmHandle publish();
-  std::string attach(const std::vector<ShmHandle>& handles);  // empty, or why this rank cannot
-  void settle() { segment_.close_descriptor(); }              // all ranks have attached: nobody opens it again
+  SegmentHandle publish();
+  std::string attach(const std::vector<SegmentHandle>& handles);  // empty, or why this rank cannot
+  void settle() { segment_.settle(); }                            // all ranks have attached
 
   int rank() const { return rank_; }
   int world() const { return world_; }
@@ -95,14 +83,12 @@ class ShmCommunicator {
     std::atomic<uint32_t> closed;
   };
   struct Header {
-    uint64_t magic;
-    uint64_t nonce[2];
     alignas(64) Fault fault;
     RankArea ranks[kMaxWorld];
   };
 
-  static size_t segment_bytes(int world);
-  void lay_out();
+  static constexpr size_t kHeaderBytes = (sizeof(Header) + 4095) / 4096 * 4096;
+
   void await(Flag& flag, int peer);
   void await_slowly(Flag& flag, int peer);
   [[noreturn]] void give_up(FaultKind kind, int peer);
@@ -113,8 +99,7 @@ class ShmCommunicator {
   const int world_;
   const double timeout_seconds_;
   const int spin_limit_;
-  SharedMemory segment_;
-  PeerProcesses peers_;
+  GroupSegment segment_;
   Header* header_ = nullptr;
   std::byte* slots_ = nullptr;
   std::byte* sums_ = nullptr;

@@ -1,0 +1,142 @@
+// A pack: 16 bytes of a tensor, as fp32 lanes and back; and the sentinel that marks a word of a slot as not yet written.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/device/ptx.cuh"
+
+namespace sgl_comm::device {
+
+constexpr int kPackBytes = 16;
+constexpr uint32_t kSentinel = 0xFFFFFFFFu;  // a NaN in fp32, and in both halves of bf16 and fp16
+
+__device__ __forceinline__ uint4 sentinel_pack() { return {kSentinel, kSentinel, kSentinel, kSentinel}; }
+
+// The pack with no word equal to the sentinel; a word that was stays a NaN, in each half.
+__device__ __forceinline__ uint4 without_sentinel(uint4 v) {
+  v.x = min(v.x, kSentinel - 1);
+  v.y = min(v.y, kSentinel - 1);
+  v.z = min(v.z, kSentinel - 1);
+  v.w = min(v.w, kSentinel - 1);
+  return v;
+}
+
+__device__ __forceinline__ bool any_sentinel(uint4 v) {
+  return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
+}
+
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr int kLanes = 4;
+  static __device__ __forceinline__ void unpack(uint4 v, float (&lanes)[kLanes]) {
+    lanes[0] = __uint_as_float(v.x);
+    lanes[1] = __uint_as_float(v.y);
+    lanes[2] = __uint_as_float(v.z);
+    lanes[3] = __uint_as_float(v.w);
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&lanes)[kLanes]) {
+    return {__float_as_uint(lanes[0]), __float_as_uint(lanes[1]), __float_as_uint(lanes[2]), __float_as_uint(lanes[3])};
+  }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr int kLanes = 8;
+  static __device__ __forceinline__ void unpack(uint4 v, float (&lanes)[kLanes]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      lanes[2 * i] = __uint_as_float(words[i] << 16);
+      lanes[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&lanes)[kLanes]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(lanes[2 * i], lanes[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(two);
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr int kLanes = 8;
+  static __device__ __forceinline__ void unpack(uint4 v, float (&lanes)[kLanes]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      lanes[2 * i] = two.x;
+      lanes[2 * i + 1] = two.y;
+    }
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&lanes)[kLanes]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 two = __floats2half2_rn(lanes[2 * i], lanes[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(two);
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+};
+
+// The packs of one element, added in fp32 in the array's order and rounded once.
+template <typename T, int kCount>
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kCount]) {
+  float total[T::kLanes];
+  T::unpack(packs[0], total);
+#pragma unroll
+  for (int r = 1; r < kCount; ++r) {
+    float lanes[T::kLanes];
+    T::unpack(packs[r], lanes);
+#pragma unroll
+    for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
+  }
+  return T::pack(total);
+}
+
+// A row-major array of T seen as packs. kWhole: 16-byte aligned and a whole number of packs; else neither is assumed,
+// and the last pack is padded with zeros.
+template <typename T, bool kWhole>
+__device__ __forceinline__ uint4 load_pack(const void* array, int64_t count, int64_t index) {
+  using Bits = typename T::Bits;
+  if constexpr (kWhole) {
+    return ptx::load_input(static_cast<const uint4*>(array) + index);
+  } else {
+    constexpr int kElements = kPackBytes / sizeof(Bits), kPerWord = 4 / sizeof(Bits);
+    const Bits* elements = static_cast<const Bits*>(array);
+    uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int64_t place = index * kElements + i;
+      if (place < count) words[i / kPerWord] |= uint32_t{elements[place]} << (i % kPerWord * 8 * sizeof(Bits));
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+}
+
+template <typename T, bool kWhole>
+__device__ __forceinline__ void store_pack(void* array, int64_t count, int64_t index, uint4 v) {
+  using Bits = typename T::Bits;
+  if constexpr (kWhole) {
+    static_cast<uint4*>(array)[index] = v;
+  } else {
+    constexpr int kElements = kPackBytes / sizeof(Bits), kPerWord = 4 / sizeof(Bits);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    Bits* elements = static_cast<Bits*>(array);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int64_t place = index * kElements + i;
+      if (place < count) elements[place] = static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Bits)));
+    }
+  }
+}
+
+}  // namespace sgl_comm::device

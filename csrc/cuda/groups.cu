@@ -1,0 +1,90 @@
+// Set-up and tear-down of groups, as ops that Python's CustomAllReduceV2 calls; and the library's Python module.
+#include "cuda/groups.h"
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/all_reduce.h"
+#include "cuda/cuda_check.h"
+#include "tensor.h"
+
+namespace sgl_comm::cuda {
+
+namespace {
+
+void group_open(const std::string& name, int64_t rank, int64_t world) {
+  groups().open(name, static_cast<int>(rank), static_cast<int>(world));
+}
+
+void group_close(const std::string& name) { groups().close(name); }
+
+// A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
+Tensor v2_publish(const std::string& name, int64_t device, int64_t max_size, double timeout) {
+  const auto group = groups().find("init", name);
+  HandleV2 handle{};
+  try {
+    const DeviceScope scope(static_cast<int>(device));
+    group->communicator =
+        std::make_unique<CommunicatorV2>(name, group->rank, group->world, static_cast<int>(device),
+                                         max_size > 0 ? max_size : CommunicatorV2::kDefaultSlotBytes, timeout,
+                                         load_all_reduce_kernels(group->world));
+    handle = group->communicator->publish();
+  } catch (const std::exception& error) {
+    group->communicator.reset();
+    handle = {};
+    std::strncpy(handle.failure, error.what(), sizeof handle.failure - 1);
+  }
+  Tensor bytes = torch::stable::empty({static_cast<int64_t>(sizeof handle)}, torch::headeronly::ScalarType::Byte);
+  std::memcpy(bytes.mutable_data_ptr(), &handle, sizeof handle);
+  return bytes;
+}
+
+std::string v2_attach(const std::string& name, const Tensor& bytes) {
+  const auto group = groups().find("init", name);
+  const size_t expected = group->world * sizeof(HandleV2);
+  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
+            " as handles; expected ", expected, " bytes in a row");
+  std::vector<HandleV2> handles(group->world);
+  std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
+  if (group->communicator) return group->communicator->attach(handles);
+  return handles[group->rank].failure;
+}
+
+void v2_settle(const std::string& name, bool agreed) {
+  const auto group = groups().find("init", name);
+  if (agreed) {
+    group->communicator->settle();
+  } else {
+    group->communicator.reset();
+  }
+}
+
+std::string v2_fault(const std::string& name) {
+  const auto group = groups().find("check", name);
+  return group->communicator ? group->communicator->fault() : "";
+}
+
+}  // namespace
+
+}  // namespace sgl_comm::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_group_open", TORCH_BOX(&sgl_comm::cuda::group_open));
+  m.impl("_cuda_group_close", TORCH_BOX(&sgl_comm::cuda::group_close));
+  m.impl("_v2_publish", TORCH_BOX(&sgl_comm::cuda::v2_publish));
+  m.impl("_v2_attach", TORCH_BOX(&sgl_comm::cuda::v2_attach));
+  m.impl("_v2_settle", TORCH_BOX(&sgl_comm::cuda::v2_settle));
+  m.impl("_v2_fault", TORCH_BOX(&sgl_comm::cuda::v2_fault));
+}
+
+// Importing the library is what registers its ops; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

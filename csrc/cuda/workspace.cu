@@ -1,0 +1,49 @@
+#include "cuda/workspace.h"
+
+#include <utility>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device/view.cuh"
+
+namespace sgl_comm::cuda {
+
+namespace {
+constexpr size_t kBlock = 2 << 20;  // IPC maps whole blocks of this size
+}
+
+Workspace::Workspace(int world, int64_t slot_bytes) {
+  bytes_ = (device::kControlBytes + 2 * world * slot_bytes + kBlock - 1) / kBlock * kBlock;
+  void* memory = nullptr;
+  SGL_CUDA_CHECK("init", cudaMalloc(&memory, bytes_));
+  data_ = static_cast<uint8_t*>(memory);
+  SGL_CUDA_CHECK("init", cudaMemset(data_, 0, device::kControlBytes));
+  SGL_CUDA_CHECK("init", cudaMemset(data_ + device::kControlBytes, 0xff, bytes_ - device::kControlBytes));
+  SGL_CUDA_CHECK("init", cudaDeviceSynchronize());
+}
+
+Workspace::~Workspace() {
+  if (data_ != nullptr) cudaFree(data_);
+}
+
+WorkspaceHandle Workspace::handle() const {
+  WorkspaceHandle handle{};
+  SGL_CUDA_CHECK("init", cudaIpcGetMemHandle(&handle.ipc, data_));
+  handle.address = data_;
+  handle.bytes = bytes_;
+  return handle;
+}
+
+PeerWorkspace::PeerWorkspace(const WorkspaceHandle& handle, bool same_process) : mapped_(!same_process) {
+  void* memory = handle.address;
+  if (mapped_) SGL_CUDA_CHECK("init", cudaIpcOpenMemHandle(&memory, handle.ipc, cudaIpcMemLazyEnablePeerAccess));
+  data_ = static_cast<uint8_t*>(memory);
+}
+
+PeerWorkspace::PeerWorkspace(PeerWorkspace&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), mapped_(std::exchange(other.mapped_, false)) {}
+
+PeerWorkspace::~PeerWorkspace() {
+  if (mapped_ && data_ != nullptr) cudaIpcCloseMemHandle(data_);
+}
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,51 @@
+// One rank's memory that its peers write into: one plain cudaMalloc, opened by each peer once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sgl_comm::cuda {
+
+// What a rank tells the others of its workspace.
+struct WorkspaceHandle {
+  cudaIpcMemHandle_t ipc;
+  void* address;  // means something in the owner's process alone
+  uint64_t bytes;
+};
+
+// The rank's own workspace. Freed by the destructor; the owner sees to it that no peer has it open then.
+class Workspace {
+ public:
+  // Allocates for `world` senders of slot_bytes each, twice, and fills the slots with the sentinel.
+  Workspace(int world, int64_t slot_bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  uint8_t* data() const { return data_; }
+  WorkspaceHandle handle() const;
+  void leak() { data_ = nullptr; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// A peer's workspace, mapped here; a peer of this very process is its plain address.
+class PeerWorkspace {
+ public:
+  PeerWorkspace(const WorkspaceHandle& handle, bool same_process);
+  ~PeerWorkspace();
+  PeerWorkspace(PeerWorkspace&& other) noexcept;
+  PeerWorkspace& operator=(PeerWorkspace&&) = delete;
+
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  bool mapped_ = false;
+};
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,23 @@
+"""Builds sgl_comm: `_C` always, `_C_cuda` where nvcc and torch allow it. See `build_tools/native.py` for the flags.
+
+Environment: `SGL_COMM_BUILD_CUDA` (0 leaves CUDA out, 1 makes its absence an error), `TORCH_CUDA_ARCH_LIST`,
+`MAX_JOBS`, `CUDA_HOME`, `CXX`.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from build_tools.commands import BuildExt, BuildPy, declared_extensions
+
+setup(
+    license="Apache-2.0",
+    ext_modules=declared_extensions(),
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    # One wheel for every Python from 3.10 on.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    zip_safe=False,
+)

@@ -1,0 +1,30 @@
+"""Helpers for tests of code that communicates: real ranks, awkward values, memory layouts, bitwise comparison."""
+
+from sgl_comm.testing.ranks import Dead, RankError, RankPool, RankTimeout, close_pools, run_ranks
+from sgl_comm.testing.tensors import (
+    Layout,
+    Placed,
+    assert_bits_equal,
+    bits_equal,
+    layouts,
+    special_values,
+    wrong_elements,
+)
+from sgl_comm.testing.worker import RankContext
+
+__all__ = [
+    "Dead",
+    "Layout",
+    "Placed",
+    "RankContext",
+    "RankError",
+    "RankPool",
+    "RankTimeout",
+    "assert_bits_equal",
+    "bits_equal",
+    "close_pools",
+    "layouts",
+    "run_ranks",
+    "special_values",
+    "wrong_elements",
+]

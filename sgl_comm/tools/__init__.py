@@ -1,0 +1,1 @@
+"""Command-line tools; each module adds its command to ``python -m sgl_comm``."""

@@ -1,0 +1,229 @@
+"""``python -m sgl_comm bench``: all-reduce of this package beside what torch has, in one run, checked bit for bit.
+
+Run alone it starts its own ranks; under torchrun it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import sgl_comm
+from sgl_comm import reference
+from sgl_comm.testing import RankContext, RankPool, wrong_elements
+from sgl_comm.tools import report, timing
+from sgl_comm.tools.contenders import Contender, contenders
+from sgl_comm.tools.environment import environment
+from sgl_comm.tools.report import Figures, Row
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_SIZE_DEADLINE_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure. ``samples`` a size, fewer where they would take longer than ``budget_s`` seconds."""
+
+    dtype: str
+    in_place: bool
+    samples: int
+    budget_s: float = 2.0
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``bench`` to the subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench", help="time all-reduce beside gloo, or NCCL and symmetric memory", description=__doc__
+    )
+    parser.add_argument("--world", type=int, help="ranks to start (default 2; under torchrun it decides)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there are two GPUs, else cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--min-bytes", type=parse_bytes, default="1K", metavar="BYTES")
+    parser.add_argument("--max-bytes", type=parse_bytes, default="16M", metavar="BYTES")
+    parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
+    parser.add_argument("--sizes", type=parse_bytes, nargs="+", metavar="BYTES", help="these sizes instead")
+    parser.add_argument("--iters", type=int, default=50, help="samples a size (default 50)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--in-place", dest="in_place", action="store_true", default=True, help="the default")
+    form.add_argument("--out-of-place", dest="in_place", action="store_false")
+    parser.set_defaults(main=functools.partial(main, parser=parser))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a number with an optional K, M or G (powers of 1024)."""
+    number, factor = text.upper().removesuffix("B"), 1
+    if number and number[-1] in "KMG":
+        factor = 1024 ** ("KMG".index(number[-1]) + 1)
+        number = number[:-1]
+    if not number.isdigit() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number above 0 with an optional K, M or G")
+    return int(number) * factor
+
+
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Runs the benchmark; 0 if every element of every result was right, else 1."""
+    if args.factor < 2 or args.iters < 1:
+        parser.error("--factor must be at least 2 and --iters at least 1")
+    if args.min_bytes > args.max_bytes:
+        parser.error("--min-bytes must not be above --max-bytes")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: no such folder: {args.json.absolute().parent}")
+    if args.world is not None and args.world < 1:
+        parser.error("--world must be at least 1")
+    if args.device == "cuda" and torch.cuda.device_count() == 0:
+        parser.error("--device cuda: torch sees no GPU")
+
+    options = Options(args.dtype, args.in_place, args.iters)
+    sizes = args.sizes or list(_steps(args.min_bytes, args.max_bytes, args.factor))
+    with _torchrun_ranks(args) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else _own_ranks(args) as ranks:
+        setting: dict[str, Any] = {
+            **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
+            "dtype": args.dtype, "form": "in place" if args.in_place else "out of place",
+        }  # fmt: skip
+        table = report.Table(setting) if ranks.leads else None
+        rows: list[Row] = []
+        for number, size in enumerate(sizes):
+            with report.progress(ranks.leads, f"size {number + 1} of {len(sizes)}: {size} bytes"):
+                rows.append(ranks.measure(measure, options, size))
+            if table is not None:
+                table.add(rows[-1])
+    if table is not None:
+        table.finish(rows)
+        if args.json:
+            args.json.write_text(json.dumps(report.to_json(setting, rows), indent=1) + "\n")
+    return int(any(row.wrong for row in rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranks:
+    """The ranks, seen from here. ``measure(fn, *args)`` calls fn(ctx, *args) on all and gives rank 0's result."""
+
+    world: int
+    device: str
+    leads: bool
+    measure: Callable[..., Any]
+
+
+@contextlib.contextmanager
+def _own_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
+    world = args.world or 2
+    device = args.device or ("cuda" if world >= 2 and torch.cuda.device_count() >= 2 else "cpu")
+    with RankPool(world, device) as pool:
+        yield _Ranks(world, device, True, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
+
+
+@contextlib.contextmanager
+def _torchrun_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    kind = args.device or ("cuda" if gpus >= local >= 2 else "cpu")
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % gpus)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" and local <= gpus else "gloo")
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        with sgl_comm.init(group, device=device) as comm:
+            ctx = RankContext(dist.get_rank(), dist.get_world_size(), device, group, comm)
+            yield _Ranks(ctx.world, kind, ctx.rank == 0, lambda fn, *a: fn(ctx, *a))
+    finally:
+        _contenders.cache_clear()  # a gloo group that outlives the interpreter aborts the process
+        dist.destroy_process_group()
+
+
+def _steps(first: int, last: int, factor: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= factor
+
+
+def backend_of(ctx: RankContext) -> str:
+    """What serves this rank's communicator."""
+    assert ctx.comm is not None
+    return ctx.comm.backend
+
+
+@functools.lru_cache(maxsize=1)
+def _contenders(ctx: RankContext, in_place: bool) -> list[Contender]:
+    assert ctx.comm is not None
+    return contenders(ctx.group, ctx.comm.group_name, ctx.device, in_place)
+
+
+def measure(ctx: RankContext, options: Options, num_bytes: int) -> Row:
+    """Checks, times and checks again, for one size; collective. Every rank returns the same row."""
+    assert ctx.comm is not None
+    dtype = DTYPES[options.dtype]
+    numel = max(1, num_bytes // dtype.itemsize)
+    everyone = _contenders(ctx, options.in_place)
+    wrong_before = [_count_wrong(ctx, each, numel, dtype, seed=1) for each in everyone]
+    there = [each for each, wrong in zip(everyone, wrong_before, strict=True) if wrong is not None]
+
+    torch.manual_seed(ctx.rank)
+    x = timing.timed_values(numel, dtype, ctx.device)
+    capturable = ctx.device.type == "cuda" and ctx.comm.backend != "gloo"
+    if capturable:
+        capture = getattr(ctx.comm, "capture", contextlib.nullcontext)
+        timings = timing.time_graphs(there, x, ctx.group, options.samples, capture)
+    else:
+        synchronize = torch.cuda.synchronize if ctx.device.type == "cuda" else lambda: None
+        timings = timing.time_eager(there, x, ctx.group, options.samples, options.budget_s, synchronize)
+
+    figures = []
+    for each, each_timing in zip(there, timings, strict=True):
+        wrong = wrong_before[everyone.index(each)] or 0
+        wrong += _count_wrong(ctx, each, numel, dtype, seed=2) or 0
+        figures.append(Figures.make(each.name, each_timing, numel * dtype.itemsize, ctx.world, wrong))
+        each.close()
+    ctx.comm.check()
+    return Row(numel * dtype.itemsize, numel, options.dtype, "sum", figures[0], tuple(figures[1:]))
+
+
+def _count_wrong(ctx: RankContext, contender: Contender, numel: int, dtype: torch.dtype, seed: int) -> int | None:
+    """Wrong elements over all ranks on random data; None, on every rank, if a competitor cannot do this size."""
+    generator = torch.Generator(device=ctx.device)
+    inputs = []
+    for rank in range(ctx.world):
+        generator.manual_seed(seed * 1000 + rank)
+        inputs.append(torch.randn(numel, device=ctx.device, generator=generator).to(dtype))
+    try:
+        contender.setup(inputs[ctx.rank], 1)
+        able = 1
+    except RuntimeError:
+        able = 0
+    if _sum_over_ranks(ctx, able) != ctx.world:
+        return None
+    try:
+        result = contender.run()
+    except RuntimeError:
+        if contender.exact:
+            raise
+        able = 0
+    if _sum_over_ranks(ctx, able) != ctx.world:
+        return None
+    if contender.exact:
+        wrong = wrong_elements(result, reference.all_reduce(inputs))
+    else:
+        exact, size = (sum(x.float() for x in terms) for terms in (inputs, [x.abs() for x in inputs]))
+        wrong = (result.float() - exact).abs() > ctx.world * torch.finfo(dtype).eps * size
+    return _sum_over_ranks(ctx, int(wrong.sum()))
+
+
+def _sum_over_ranks(ctx: RankContext, value: int) -> int:
+    total = torch.tensor(value)
+    dist.all_reduce(total, group=ctx.group)
+    return int(total)

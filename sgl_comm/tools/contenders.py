@@ -1,0 +1,117 @@
+"""Who takes part in the all-reduce benchmark: one class each, the same three methods."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.distributed as dist
+
+
+class Contender:
+    """An all-reduce to be timed.
+
+    ``setup(x, num_buffers)`` makes that many copies of ``x`` to work on, in memory that suits; each ``run()`` sums the
+    next of them over the ranks and returns the result; ``close()`` gives the memory back. ``exact`` says whether the
+    result must have the bits of ``sgl_comm.reference``, or need only be near it.
+    """
+
+    name = ""
+    exact = False
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def setup(self, x: torch.Tensor, num_buffers: int) -> None:
+        self.buffers = [x.clone() for _ in range(num_buffers)]
+        self.turns = itertools.cycle(self.buffers)
+
+    def run(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.buffers = []
+        self.turns = itertools.cycle(self.buffers)
+
+
+class SglComm(Contender):
+    """``torch.ops.sgl_comm.all_reduce_``, or the functional form."""
+
+    exact = True
+
+    def __init__(self, group_name: str, in_place: bool) -> None:
+        super().__init__()
+        self.name, self.group_name, self.in_place = "sgl_comm", group_name, in_place
+        self.mutate = torch.ops.sgl_comm.all_reduce_.default
+        self.make = torch.ops.sgl_comm.all_reduce.default
+
+    def run(self) -> torch.Tensor:
+        x = next(self.turns)
+        if not self.in_place:
+            return self.make(x, self.group_name)
+        self.mutate(x, self.group_name)
+        return x
+
+
+class ProcessGroup(Contender):
+    """``dist.all_reduce`` of a gloo or NCCL group. It has in-place calls only: out of place is a copy and a call."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup, in_place: bool) -> None:
+        super().__init__()
+        self.name, self.group, self.in_place = name, group, in_place
+
+    def run(self) -> torch.Tensor:
+        x = next(self.turns)
+        if not self.in_place:
+            x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+class SymmetricMemory(Contender):
+    """torch's symmetric-memory all-reduce, ``algorithm`` one_shot (out of place by nature) or two_shot (in place).
+
+    Where the benchmark wants the other kind, a copy is added: users would pay for it too.
+    """
+
+    def __init__(self, algorithm: str, group: dist.ProcessGroup, in_place: bool) -> None:
+        super().__init__()
+        self.name, self.one_shot, self.in_place = f"symm_mem {algorithm}", algorithm == "one_shot", in_place
+        self.group_name = group.group_name
+
+    def setup(self, x: torch.Tensor, num_buffers: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.buffers = []
+        for _ in range(num_buffers):
+            buffer = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
+            symmetric_memory.rendezvous(buffer, self.group_name)
+            self.buffers.append(buffer.copy_(x))
+        self.turns = itertools.cycle(self.buffers)
+
+    def run(self) -> torch.Tensor:
+        x = next(self.turns)
+        if self.one_shot:
+            y = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", self.group_name)
+            return x.copy_(y) if self.in_place else y
+        torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self.group_name)
+        return x if self.in_place else x.clone()
+
+
+def contenders(group: dist.ProcessGroup, group_name: str, device: torch.device, in_place: bool) -> list[Contender]:
+    """sgl_comm and its competitors on this device. A collective call: a GPU group may need an NCCL group made.
+
+    Args:
+        group: the ranks; its CPU backend is gloo.
+        group_name: the name under which ``sgl_comm`` knows them.
+        device: this rank's device.
+        in_place: which form of each to use.
+    """
+    ours = SglComm(group_name, in_place)
+    if device.type == "cpu":
+        return [ours, ProcessGroup("gloo", group, in_place)]
+    if group.size() > torch.cuda.device_count():
+        return [ours]  # ranks share a GPU: neither NCCL nor symmetric memory can
+    nccl = dist.new_group(dist.get_process_group_ranks(group), backend="nccl")
+    shots = [SymmetricMemory(algorithm, nccl, in_place) for algorithm in ("one_shot", "two_shot")]
+    return [ours, ProcessGroup("nccl", nccl, in_place), *shots]

@@ -16,9 +16,9 @@ template <typename... Parts>
 
 }  // namespace sgl_comm
 
-#define SGL_CHECK(condition, ...)                    \
-  do {                                               \
-    if (__builtin_expect(!(condition), 0)) {         \
-      ::sgl_comm::fail("sgl_comm::", __VA_ARGS__);   \
-    }                                                \
+#define SGL_CHECK(condition, ...)                  \
+  do {                                             \
+    if (__builtin_expect(!(condition), 0)) {       \
+      ::sgl_comm::fail("sgl_comm::", __VA_ARGS__); \
+    }                                              \
   } while (false)

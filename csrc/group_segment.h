@@ -95,7 +95,7 @@ class GroupSegment {
     const std::string path = "/proc/" + std::to_string(root.pid) + "/fd/" + std::to_string(root.descriptor);
     descriptor_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (descriptor_ < 0) return why(path);
-    struct stat status{};
+    struct stat status {};
     if (fstat(descriptor_, &status) != 0 || size_t(status.st_size) != kPreface + root.bytes) {
       return path + " is another file: another host or container?";
     }

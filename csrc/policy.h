@@ -20,8 +20,8 @@ inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, 
   if (wish == "auto") return choose(bytes, slot_bytes);
   if (wish == "ring") return Algorithm::kRing;
   SGL_CHECK(wish == "one_shot", op, ": got algo '", wish, "'; expected auto, one_shot or ring");
-  SGL_CHECK(bytes <= slot_bytes, op, ": got algo 'one_shot' for ", bytes, " bytes; expected at most max_size = ",
-            slot_bytes, " bytes");
+  SGL_CHECK(bytes <= slot_bytes, op, ": got algo 'one_shot' for ", bytes,
+            " bytes; expected at most max_size = ", slot_bytes, " bytes");
   return Algorithm::kOneShot;
 }
 

@@ -74,8 +74,8 @@ class Registry {
     SGL_CHECK(!closed_.count(name), op, ": the communicator of group '", name, "' is closed; init() it again");
     std::string known;
     for (const auto& entry : groups_) known += (known.empty() ? "'" : ", '") + entry.first + "'";
-    fail("sgl_comm::", op, ": unknown group '", name, "'; call sgl_comm.init(group) first (known: ",
-         known.empty() ? "none" : known, ")");
+    fail("sgl_comm::", op, ": unknown group '", name,
+         "'; call sgl_comm.init(group) first (known: ", known.empty() ? "none" : known, ")");
   }
 
   mutable std::shared_mutex mutex_;

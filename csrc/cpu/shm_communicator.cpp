@@ -150,7 +150,8 @@ std::string ShmCommunicator::fault() const {
   const std::string peer = "rank " + std::to_string(fault.peer), finder = "rank " + std::to_string(fault.rank);
   switch (fault.kind) {
     case FaultKind::kTimeout:
-      text << finder << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for " << peer << ", which never came to";
+      text << finder << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for " << peer
+           << ", which never came to";
       break;
     case FaultKind::kDied:
       text << peer << " died; " << finder << " was waiting for it in";

@@ -1,6 +1,4 @@
 // all_reduce between GPUs: one-shot push for what fits a slot, a ring of pushes for what does not.
-#include "cuda/all_reduce.h"
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
@@ -9,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/all_reduce.h"
 #include "cuda/cuda_check.h"
 #include "cuda/device/push.cuh"
 #include "cuda/groups.h"
@@ -22,7 +21,6 @@ namespace sgl_comm::cuda {
 
 namespace {
 
-using device::AbortCode;
 using device::GroupView;
 using device::kPackBytes;
 
@@ -37,23 +35,19 @@ struct Message {
   int64_t num_packs;
 };
 
-// The group has failed, now or before: NaN for the caller, and a word for the host.
+// The group has failed, now or before: NaN for the caller in all that this thread owns, and a word for the host.
 template <typename T, int kWorld, bool kWhole>
-__device__ __noinline__ void give_up(const Message& m, int64_t pack, unsigned long long epoch, int missing) {
-  device::store_pack<T, kWhole>(m.out, m.count, pack, device::sentinel_pack());
-  const AbortCode code{static_cast<uint32_t>(m.group.rank), static_cast<uint32_t>(missing), 0};
-  device::fail_group(m.group, kWorld, code, kOpAllReduce, epoch);
-}
-
-template <typename T, int kWorld, bool kWhole>
-__device__ __noinline__ void give_up_all(const Message& m, unsigned long long epoch) {
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < m.num_packs; i += stride) {
-    give_up<T, kWorld, kWhole>(m, i, epoch, 0);
+__device__ __forceinline__ void give_up(const Message& m, int64_t first, int64_t stride, unsigned long long epoch,
+                                        int missing) {
+#pragma unroll 1
+  for (int64_t i = first; i < m.num_packs; i += stride) {
+    device::store_pack<T, kWhole>(m.out, m.count, i, device::sentinel_pack());
   }
+  device::fail_group(m.group, kWorld, missing, kOpAllReduce, epoch);
 }
 
-// Every rank pushes all its packs to every peer, then sums what it was sent. A thread owns the same packs on every rank.
+// Every rank pushes all its packs to every peer, then sums what it was sent. A thread owns the same packs on every
+// rank.
 template <typename T, int kWorld, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ Message m) {
   const int first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
@@ -62,22 +56,21 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
   uint4 own{};
   if (first < num_packs) own = device::load_pack<T, kWhole>(m.in, m.count, first);
   const device::Start start = device::read_start(m.group);
-  if (__builtin_expect(start.abort != 0, 0)) {
-    give_up_all<T, kWorld, kWhole>(m, start.epoch);
-  } else {
-    const auto pack = [&](int i) { return i == first ? own : device::load_pack<T, kWhole>(m.in, m.count, i); };
+  const auto pack = [&](int i) { return i == first ? own : device::load_pack<T, kWhole>(m.in, m.count, i); };
+  int missing = start.abort == 0 ? -1 : m.group.rank;
+  if (start.abort == 0) {
     for (int i = first; i < num_packs; i += stride) {
       device::push_to_peers<kWorld>(m.group, start.epoch, int64_t{i} * kPackBytes, pack(i));
     }
     ptx::launch_next_kernel();
     for (int i = first; i < num_packs; i += stride) {
       uint4 sum;
-      const int missing =
-          device::receive_and_sum<T, kWorld>(m.group, start.epoch, int64_t{i} * kPackBytes, pack(i), sum);
+      missing = device::receive_and_sum<T, kWorld>(m.group, start.epoch, int64_t{i} * kPackBytes, pack(i), sum);
+      if (missing >= 0) break;
       device::store_pack<T, kWhole>(m.out, m.count, i, sum);
-      if (__builtin_expect(missing >= 0, 0)) give_up<T, kWorld, kWhole>(m, i, start.epoch, missing);
     }
   }
+  if (missing >= 0) give_up<T, kWorld, kWhole>(m, first, stride, start.epoch, missing);
   device::advance_epoch(m.group);
 }
 
@@ -96,39 +89,39 @@ template <typename T, int kWorld, bool kWhole>
 __global__ void __launch_bounds__(kRingThreads) ring_kernel(const __grid_constant__ Message m) {
   ptx::wait_for_previous_kernel();
   const device::Start start = device::read_start(m.group);
-  if (__builtin_expect(start.abort != 0, 0)) {
-    give_up_all<T, kWorld, kWhole>(m, start.epoch);
-  } else {
-    const auto pack_of = [&](int64_t k, int u) {
-      return (blockIdx.x + k * gridDim.x) * kTilePacks + u * kRingThreads + threadIdx.x;
-    };
-    const auto place_of = [&](int64_t k, int u) {
-      return blockIdx.x * kRingBytes + ((k % kRingTiles) * kTilePacks + u * kRingThreads + threadIdx.x) * kPackBytes;
-    };
-    uint4 pushed[kTilePacksPerThread], own[kTilePacksPerThread];
-    for (int64_t k = 0; k == 0 || pack_of(k - 1, 0) < m.num_packs; ++k) {
+  const int64_t stride = int64_t{gridDim.x} * kTilePacks;
+  const int64_t first = blockIdx.x * kTilePacks + threadIdx.x;
+  const auto place_of = [&](int64_t k, int u) {
+    return blockIdx.x * kRingBytes + ((k % kRingTiles) * kTilePacks + u * kRingThreads + threadIdx.x) * kPackBytes;
+  };
+  uint4 pushed[kTilePacksPerThread], own[kTilePacksPerThread];
+  int missing = start.abort == 0 ? -1 : m.group.rank;
+  for (int64_t k = 0; missing < 0 && first + (k - 1) * stride < m.num_packs; ++k) {
 #pragma unroll
-      for (int u = 0; u < kTilePacksPerThread; ++u) {
-        own[u] = pushed[u];
-        const int64_t i = pack_of(k, u);
-        if (i >= m.num_packs) continue;
-        pushed[u] = device::load_pack<T, kWhole>(m.in, m.count, i);
-        device::push_to_peers<kWorld>(m.group, start.epoch, place_of(k, u), pushed[u]);
-      }
-      if (k == 0) continue;
-#pragma unroll
-      for (int u = 0; u < kTilePacksPerThread; ++u) {
-        const int64_t i = pack_of(k - 1, u);
-        if (i >= m.num_packs) continue;
-        uint4 sum;
-        const int missing =
-            device::receive_and_sum<T, kWorld>(m.group, start.epoch, place_of(k - 1, u), own[u], sum);
-        device::store_pack<T, kWhole>(m.out, m.count, i, sum);
-        if (__builtin_expect(missing >= 0, 0)) give_up<T, kWorld, kWhole>(m, i, start.epoch, missing);
-      }
-      ptx::fence_acq_rel_sys();
+    for (int u = 0; u < kTilePacksPerThread; ++u) {
+      own[u] = pushed[u];
+      const int64_t i = first + k * stride + u * kRingThreads;
+      if (i >= m.num_packs) continue;
+      pushed[u] = device::load_pack<T, kWhole>(m.in, m.count, i);
+      device::push_to_peers<kWorld>(m.group, start.epoch, place_of(k, u), pushed[u]);
     }
-    ptx::launch_next_kernel();
+    if (k == 0) continue;
+#pragma unroll
+    for (int u = 0; u < kTilePacksPerThread; ++u) {
+      const int64_t i = first + (k - 1) * stride + u * kRingThreads;
+      if (i >= m.num_packs || missing >= 0) continue;
+      uint4 sum;
+      missing = device::receive_and_sum<T, kWorld>(m.group, start.epoch, place_of(k - 1, u), own[u], sum);
+      device::store_pack<T, kWhole>(m.out, m.count, i, sum);
+    }
+    ptx::fence_acq_rel_sys();
+  }
+  ptx::launch_next_kernel();
+  if (missing >= 0) {
+#pragma unroll 1
+    for (int u = 0; u < kTilePacksPerThread; ++u) {
+      give_up<T, kWorld, kWhole>(m, first + u * kRingThreads, stride, start.epoch, missing);
+    }
   }
   device::advance_epoch(m.group);
 }
@@ -167,8 +160,11 @@ Shape shape_for(Algorithm algorithm, int64_t num_packs, int64_t slot_bytes, cons
     const int64_t limit = std::min<int64_t>(limits.blocks[Residency::kRing512], slot_bytes / kRingBytes);
     return {blocks((num_packs + kTilePacks - 1) / kTilePacks, limit), kRingThreads};
   }
-  constexpr int64_t kSmallPacks = 16 << 10;  // 256 KiB: many small blocks beat few large ones
-  if (num_packs <= kSmallPacks && (num_packs + 127) / 128 <= limits.blocks[Residency::kOneShot128]) {
+  // Up to 16 KiB few blocks are best, to 256 KiB many small ones, above that large ones again (measured, docs).
+  constexpr int64_t kFewBlocksPacks = 1 << 10, kManyBlocksPacks = 16 << 10;
+  if (num_packs <= kMaxThreads) return {1, static_cast<unsigned>((num_packs + 31) / 32 * 32)};
+  if (num_packs > kFewBlocksPacks && num_packs <= kManyBlocksPacks &&
+      (num_packs + 127) / 128 <= limits.blocks[Residency::kOneShot128]) {
     return {static_cast<unsigned>((num_packs + 127) / 128), 128};
   }
   return {blocks((num_packs + kMaxThreads - 1) / kMaxThreads, limits.blocks[Residency::kOneShot512]), kMaxThreads};
@@ -187,12 +183,12 @@ void launch(const CommunicatorV2& comm, Algorithm algorithm, DType dtype, const 
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = comm.dependent_launch() ? 1 : 0;
-  SGL_CUDA_CHECK("all_reduce",
-                 cudaLaunchKernelEx(&config, kernel_for(algorithm, dtype, comm.world(), whole), message));
+  SGL_CUDA_CHECK("all_reduce", cudaLaunchKernelEx(&config, kernel_for(algorithm, dtype, comm.world(), whole), message));
 }
 
 // Sums `in` over the ranks into `out`, on the current stream of the tensors' device.
-void sum_over_ranks(const char* op, const CommunicatorV2& comm, const Tensor& in, Tensor& out, const std::string& algo) {
+void sum_over_ranks(const char* op, const CommunicatorV2& comm, const Tensor& in, Tensor& out,
+                    const std::string& algo) {
   SGL_CHECK(!comm.failed(), op, ": ", comm.fault());
   SGL_CHECK(in.get_device_index() == comm.device(), op, ": got ", describe(in), ":", in.get_device_index(),
             "; expected device cuda:", comm.device(), ", which the group was initialised with");

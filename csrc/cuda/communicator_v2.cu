@@ -1,11 +1,10 @@
-#include "cuda/communicator_v2.h"
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <sstream>
 #include <utility>
 
+#include "cuda/communicator_v2.h"
 #include "cuda/cuda_check.h"
 
 namespace sgl_comm::cuda {

@@ -5,10 +5,10 @@
 
 #include "check.h"
 
-#define SGL_CUDA_CHECK(op, call)                                                                        \
-  do {                                                                                                  \
-    const cudaError_t error_ = (call);                                                                  \
-    SGL_CHECK(error_ == cudaSuccess, op, ": " #call " failed: ", cudaGetErrorString(error_));           \
+#define SGL_CUDA_CHECK(op, call)                                                              \
+  do {                                                                                        \
+    const cudaError_t error_ = (call);                                                        \
+    SGL_CHECK(error_ == cudaSuccess, op, ": " #call " failed: ", cudaGetErrorString(error_)); \
   } while (false)
 
 namespace sgl_comm::cuda {

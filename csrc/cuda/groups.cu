@@ -1,6 +1,4 @@
 // Set-up and tear-down of groups, as ops that Python's CustomAllReduceV2 calls; and the library's Python module.
-#include "cuda/groups.h"
-
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -11,6 +9,7 @@
 
 #include "cuda/all_reduce.h"
 #include "cuda/cuda_check.h"
+#include "cuda/groups.h"
 #include "tensor.h"
 
 namespace sgl_comm::cuda {
@@ -29,10 +28,9 @@ Tensor v2_publish(const std::string& name, int64_t device, int64_t max_size, dou
   HandleV2 handle{};
   try {
     const DeviceScope scope(static_cast<int>(device));
-    group->communicator =
-        std::make_unique<CommunicatorV2>(name, group->rank, group->world, static_cast<int>(device),
-                                         max_size > 0 ? max_size : CommunicatorV2::kDefaultSlotBytes, timeout,
-                                         load_all_reduce_kernels(group->world));
+    group->communicator = std::make_unique<CommunicatorV2>(name, group->rank, group->world, static_cast<int>(device),
+                                                           max_size > 0 ? max_size : CommunicatorV2::kDefaultSlotBytes,
+                                                           timeout, load_all_reduce_kernels(group->world));
     handle = group->communicator->publish();
   } catch (const std::exception& error) {
     group->communicator.reset();

@@ -1,9 +1,8 @@
-#include "cuda/workspace.h"
-
 #include <utility>
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/view.cuh"
+#include "cuda/workspace.h"
 
 namespace sgl_comm::cuda {
 

@@ -1,6 +1,7 @@
 """Helpers for tests of code that communicates: real ranks, awkward values, memory layouts, bitwise comparison."""
 
 from sgl_comm.testing.ranks import Dead, RankError, RankPool, RankTimeout, close_pools, run_ranks
+from sgl_comm.testing.simulated import SimulatedRank, make_simulated
 from sgl_comm.testing.tensors import (
     Layout,
     Placed,
@@ -20,10 +21,12 @@ __all__ = [
     "RankError",
     "RankPool",
     "RankTimeout",
+    "SimulatedRank",
     "assert_bits_equal",
     "bits_equal",
     "close_pools",
     "layouts",
+    "make_simulated",
     "run_ranks",
     "special_values",
     "wrong_elements",

@@ -1,4 +1,5 @@
-// A pack: 16 bytes of a tensor, as fp32 lanes and back; and the sentinel that marks a word of a slot as not yet written.
+// A pack: 16 bytes of a tensor, as fp32 lanes and back; and the sentinel that marks a word of a slot as not yet
+// written.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -47,7 +47,7 @@ struct GroupView {
   uint8_t* workspace[kMaxRanks];  // every rank's, as mapped here
   Fault* fault;
   const HostAbort* host_abort;
-  int64_t slot_bytes;  // of one sender, in one half
+  int64_t slot_bytes;      // of one sender, in one half
   uint32_t timeout_ticks;  // of 2^20 ns
   int rank;
 };

@@ -1,0 +1,23 @@
+"""What every test module shares: tests marked `gpu` skip, with the reason, where torch cannot use a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "torch is a build without CUDA"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no GPU, or no driver that this torch can use"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _why_no_gpu() if marked else ""
+    if reason:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -150,5 +150,3 @@ def _forget_dead_group(name: str) -> None:
     old = _live.get(name)
     if old is not None and old._group() is None:
         old.close()
-
-

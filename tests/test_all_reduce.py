@@ -558,6 +558,11 @@ def test_v2_refuses_what_it_cannot_do(gpu_ranks: Ranks) -> None:
         assert "sgl_comm::all_reduce serves" in texts["a CPU tensor"]
 
 
+def test_v2_refuses_cpu_tensors_and_points_to_all_reduce() -> None:
+    with pytest.raises(sgl_comm.SglCommError, match=r"custom_all_reduce_v2: got .*\[8\] on cpu; .*all_reduce serves"):
+        sgl_comm.ops.custom_all_reduce_v2(torch.ones(8), "no group is asked for")
+
+
 @pytest.mark.parametrize("instructions", ["scalar", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(instructions: str) -> None:
     shapes = [(7,), (1040,), (26, 40), (65536,)]

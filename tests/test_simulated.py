@@ -36,7 +36,7 @@ def call_all(ranks: list[SimulatedRank], inputs: list[torch.Tensor], algo: str) 
     return outputs
 
 
-@pytest.mark.parametrize("world", (2, 3, 8))
+@pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_algorithm_gives_the_bits_of_the_oracle(world: int, dtype: torch.dtype) -> None:
     with make_simulated(world, max_size=SLOT_BYTES) as ranks:
@@ -50,7 +50,7 @@ def test_every_algorithm_gives_the_bits_of_the_oracle(world: int, dtype: torch.d
         assert [rank.fault() for rank in ranks] == [""] * world
 
 
-@pytest.mark.parametrize("world", (2, 5))
+@pytest.mark.parametrize("world", [2, 5])
 def test_sizes_and_algorithms_may_alternate(world: int) -> None:
     generator = torch.Generator().manual_seed(1)
     with make_simulated(world, max_size=SLOT_BYTES) as ranks:

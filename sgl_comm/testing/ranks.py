@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch.distributed as dist
-
 from sgl_comm.testing import worker
 
 START_DEADLINE_S = 120.0
@@ -103,19 +101,19 @@ class RankPool:
         if world < 1:
             raise ValueError(f"RankPool: world must be at least 1, got {world}")
         self.world, self.device = world, device
-        self._owner, self._closed, self._ranks = os.getpid(), False, []
-        environ = dict(os.environ)
-        for name, value in (env or {}).items():
-            environ.pop(name, None) if value is None else environ.__setitem__(name, value)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._owner, self._closed = os.getpid(), False
+        self._ranks: list[_Rank] = []
+        changed = {**os.environ, **(env or {})}
+        environ = {name: value for name, value in changed.items() if value is not None}
+        # The ranks meet in a file without a name. A TCPStore asks the DNS for its peers' names, which can take seconds.
+        self._store = os.memfd_create("sgl_comm-store", os.MFD_CLOEXEC)
+        store_path = f"/proc/{self._owner}/fd/{self._store}"
         context = _context()
         dies = context.get_start_method() == "forkserver"
         _open_pools.add(self)
         try:
             for rank in range(world):
-                setup = worker.RankSetup(
-                    rank, world, device, "127.0.0.1", self._store.port, environ, make_comm, die_with_parent=dies
-                )
+                setup = worker.RankSetup(rank, world, device, store_path, environ, make_comm, die_with_parent=dies)
                 self._ranks.append(_start(context, setup))
             self._collect(START_DEADLINE_S, allow_dead=False)
         except BaseException:
@@ -249,8 +247,8 @@ class RankPool:
             rank.process.join(CLOSE_DEADLINE_S)
             rank.conn.close()
             rank.stacks.close()
+        os.close(self._store)
         _open_pools.discard(self)
-        del self._store
 
 
 _open_pools: weakref.WeakSet[RankPool] = weakref.WeakSet()

@@ -57,8 +57,7 @@ class RankSetup:
     rank: int
     world: int
     device: str
-    host: str
-    port: int
+    store_path: str
     environ: dict[str, str]
     make_comm: bool
     die_with_parent: bool
@@ -136,7 +135,7 @@ def _join(setup: RankSetup) -> RankContext:
             raise RuntimeError('device "cuda": torch sees no GPU')
         device = torch.device("cuda", setup.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    store = dist.TCPStore(setup.host, setup.port, is_master=False, timeout=_GROUP_TIMEOUT)
+    store = dist.FileStore(setup.store_path)
     dist.init_process_group("gloo", store=store, rank=setup.rank, world_size=setup.world, timeout=_GROUP_TIMEOUT)
     group = dist.group.WORLD
     assert group is not None

@@ -1,0 +1,507 @@
+"""init, close, the registry of groups, and what every error says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import sgl_comm
+from sgl_comm import SglCommError, envs
+from sgl_comm.shm_all_reduce import ShmAllReduce
+from sgl_comm.testing import RankContext, RankPool, run_ranks
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """The type and text of a call's error, or that there was none."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def error_as_sent(call: Callable[[], object]) -> str:
+    """The same for an op called through torch.ops, whose text may be followed by torch's own C++ stack."""
+    return error_of(call).partition("\nException raised from")[0]
+
+
+def sum_of_ones(name: str, count: int = 5) -> list[float]:
+    return torch.ops.sgl_comm.all_reduce(torch.ones(count), name).unique().tolist()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as the only rank of a default group."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# --- one process is enough
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_communicator_serves_its_group_until_it_is_closed() -> None:
+    with sgl_comm.init() as comm:
+        assert (comm.rank, comm.world_size, comm.group_name) == (0, 1, dist.group.WORLD.group_name)
+        assert comm.device == torch.device("cpu")
+        assert (comm.backend, comm.reason) == ("shm", "")
+        assert "group '0', rank 0 of 1, cpu: served by shm" in str(comm)
+        assert comm.all_reduce(torch.ones(3)).tolist() == [1, 1, 1]
+        assert comm.all_reduce_(torch.ones(3)) is None
+        comm.check()
+    closed = re.escape("all_reduce: the communicator of group '0' is closed; init() it again")
+    with pytest.raises(SglCommError, match="^sgl_comm::" + closed):
+        comm.all_reduce(torch.ones(3))
+    with pytest.raises(SglCommError, match=re.escape("check: the communicator of group '0' is closed")):
+        comm.check()
+    comm.close()
+    with sgl_comm.init(dist.group.WORLD, "cpu") as again:
+        comm.close()  # the old one must not close the new one
+        assert sum_of_ones(again.group_name) == [1]
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_context_manager_closes_after_an_error_too() -> None:
+    with pytest.raises(KeyError), sgl_comm.init() as comm:
+        raise KeyError
+    assert "is closed" in error_of(lambda: comm.all_reduce(torch.ones(3)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_unknown_group_is_named_with_the_known_ones() -> None:
+    expected = "sgl_comm::{op}: unknown group 'nowhere'; call sgl_comm.init(group) first (known: {known})"
+    ops = {"all_reduce": sgl_comm.ops.all_reduce, "all_reduce_": sgl_comm.ops.all_reduce_}
+    for op, wrapper in ops.items():
+        with pytest.raises(SglCommError) as caught:
+            wrapper(torch.ones(3), "nowhere")
+        assert str(caught.value).startswith(expected.format(op=op, known="none"))
+    with sgl_comm.init(), pytest.raises(SglCommError) as caught:
+        sgl_comm.ops.all_reduce(torch.ones(3), "nowhere")
+    assert str(caught.value).startswith(expected.format(op="all_reduce", known="'0'"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_init_on_a_live_name_is_refused_and_does_no_harm() -> None:
+    with sgl_comm.init() as comm:
+        with pytest.raises(SglCommError, match=r"init: group '0' already has a communicator; close\(\) it first"):
+            sgl_comm.init()
+        assert sum_of_ones(comm.group_name) == [1]
+        comm.check()
+
+
+@pytest.mark.usefixtures("alone")
+def test_init_refuses_devices_that_it_cannot_serve() -> None:
+    for device in ("meta", torch.device("meta")):
+        with pytest.raises(SglCommError, match=r"init: got device .*meta.*; expected the CPU or a CUDA device"):
+            sgl_comm.init(device=device)
+    with sgl_comm.init() as comm:
+        assert sum_of_ones(comm.group_name) == [1]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_init_does_not_claim_to_serve_a_gpu_that_is_not_there(device: str | int) -> None:
+    group = dist.new_group([0])
+    try:
+        with sgl_comm.init(group, device) as comm:
+            assert comm.backend != "v2"
+            assert comm.reason != ""
+    except SglCommError as error:
+        assert str(error).startswith(f"init: got device {device!r}; expected")  # noqa: PT017
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e30"])
+def test_an_invalid_timeout_is_an_error_of_init(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = dist.new_group([0])
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", text)
+    with pytest.raises(SglCommError, match=f"init: got SGL_COMM_TIMEOUT='{text}'; expected a number of seconds above"):
+        sgl_comm.init(group)
+    monkeypatch.delenv("SGL_COMM_TIMEOUT")
+    with sgl_comm.init(group) as comm:
+        assert sum_of_ones(comm.group_name) == [1]
+
+
+def test_init_without_any_group_is_an_error() -> None:
+    assert not dist.is_initialized() or dist.get_world_size() == 1
+    if not dist.is_initialized():
+        with pytest.raises(SglCommError, match="init: got no group and there is no default one; expected"):
+            sgl_comm.init()
+
+
+def test_init_with_a_group_of_others_is_an_error() -> None:
+    with pytest.raises(SglCommError, match="init: got a group that this process is not in"):
+        sgl_comm.init(dist.GroupMember.NON_GROUP_MEMBER)
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_input_that_requires_grad_is_refused_unless_grad_mode_is_off() -> None:
+    x = torch.ones(4, requires_grad=True)
+    with sgl_comm.init() as comm:
+        name = comm.group_name
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: sgl_comm.ops.all_reduce(x, name),
+            "all_reduce_": lambda: sgl_comm.ops.all_reduce_(x, name),
+        }
+        through_ops: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: torch.ops.sgl_comm.all_reduce(x, name),
+            "all_reduce_": lambda: torch.ops.sgl_comm.all_reduce_(x, name),
+        }
+        for op in calls:
+            text = f"sgl_comm::{op}: got Float[4] on cpu that requires grad; expected one that does not"
+            assert error_of(calls[op]).startswith(f"SglCommError: {text}")
+            assert error_of(through_ops[op]).startswith(f"RuntimeError: {text}")
+            for off in (torch.no_grad, torch.inference_mode):
+                with off():
+                    assert error_of(calls[op]) == "no error"
+                    assert error_of(through_ops[op]) == "no error"
+        derived = x * 2
+        assert "requires grad" in error_of(lambda: sgl_comm.ops.all_reduce(derived, name))
+        assert comm.all_reduce(x.detach()).requires_grad is False
+        with torch.no_grad():
+            assert comm.all_reduce(x).requires_grad is False
+
+
+@pytest.mark.usefixtures("alone")
+def test_errors_have_one_text_through_both_doors() -> None:
+    x = torch.ones(4)
+    overlapping = torch.ones(1, 4).expand(3, 4)
+    with sgl_comm.init() as comm:
+        name = comm.group_name
+        for wrapper, op, expected in (
+            (
+                lambda: sgl_comm.ops.all_reduce(x, name, "mean"),
+                lambda: torch.ops.sgl_comm.all_reduce(x, name, "mean"),
+                "sgl_comm::all_reduce: got reduce_op 'mean'; expected one of sum, avg, product, min, max, band, bor,",
+            ),
+            (
+                lambda: sgl_comm.ops.all_reduce_(x, name, ""),
+                lambda: torch.ops.sgl_comm.all_reduce_(x, name, ""),
+                "sgl_comm::all_reduce_: got reduce_op ''; expected one of sum,",
+            ),
+            (
+                lambda: sgl_comm.ops.all_reduce(x, "nowhere"),
+                lambda: torch.ops.sgl_comm.all_reduce(x, "nowhere"),
+                "sgl_comm::all_reduce: unknown group 'nowhere'; call sgl_comm.init(group) first",
+            ),
+            (
+                lambda: sgl_comm.ops.all_reduce_(overlapping, name),
+                lambda: torch.ops.sgl_comm.all_reduce_(overlapping, name),
+                "sgl_comm::all_reduce_: got Float[3, 4] on cpu in which several elements share memory (expand);",
+            ),
+        ):
+            assert error_as_sent(wrapper).startswith(f"SglCommError: {expected}")
+            assert error_as_sent(op) == error_as_sent(wrapper).replace("SglCommError", "RuntimeError", 1)
+
+
+# --- between ranks
+
+
+def two_communicators(ctx: RankContext) -> list[str]:
+    """Two groups of the same ranks: closing one leaves the other alone."""
+    assert ctx.comm is not None
+    group = dist.new_group(list(range(ctx.world)))
+    second = sgl_comm.init(group)
+    seen = [second.group_name != ctx.comm.group_name]
+    for count in (5, 5000, 100_000):
+        seen += [sum_of_ones(ctx.comm.group_name, count) == [ctx.world]]
+        seen += [sum_of_ones(second.group_name, count) == [ctx.world]]
+    second.close()
+    second.close()
+    seen.append("is closed" in error_of(lambda: sum_of_ones(second.group_name)))
+    seen.append(sum_of_ones(ctx.comm.group_name) == [ctx.world])
+    with sgl_comm.init(group) as third:
+        seen.append(third.all_reduce(torch.ones(2)).tolist() == [ctx.world] * 2)
+    dist.destroy_process_group(group)
+    return [f"{number}" for number, right in enumerate(seen) if not right]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_two_communicators_live_side_by_side(world: int) -> None:
+    assert run_ranks(two_communicators, world) == [[]] * world
+
+
+def sub_group(ctx: RankContext) -> str:
+    """A group of ranks 1 and 2 of 3; rank 0 is not in it."""
+    group = dist.new_group([1, 2])
+    if ctx.rank == 0:
+        return error_of(lambda: sgl_comm.init(group))
+    with sgl_comm.init(group) as comm:
+        total = comm.all_reduce(torch.tensor([float(ctx.rank)])).item()
+        text = f"rank {comm.rank} of {comm.world_size}: {total}"
+    dist.destroy_process_group(group)
+    return text
+
+
+def test_a_rank_outside_a_group_cannot_init_it_and_the_others_can() -> None:
+    outside, *inside = run_ranks(sub_group, 3)
+    assert outside.startswith("SglCommError: init: got a group that this process is not in; expected")
+    assert inside == ["rank 0 of 2: 3.0", "rank 1 of 2: 3.0"]
+
+
+def start_over(ctx: RankContext, folder: str, old: str) -> list[list[float]]:
+    """Three default groups one after the other, all named "0"; what becomes of the old one's communicator differs."""
+    sums, held = [], []
+    for number in range(3):
+        dist.destroy_process_group()
+        store = dist.FileStore(f"{folder}/{number}", ctx.world)
+        dist.init_process_group("gloo", store=store, rank=ctx.rank, world_size=ctx.world)
+        comm = sgl_comm.init()
+        sums.append(sum_of_ones(comm.group_name))
+        if old == "closed":
+            comm.close()
+        if old == "held":
+            held.append(dist.group.WORLD)
+    comm.close()
+    return sums
+
+
+@pytest.mark.parametrize("old", ["closed", "forgotten", "held"])
+def test_a_new_default_group_of_the_same_name_gets_a_communicator(old: str, tmp_path: Path) -> None:
+    """Though the old communicator was not closed, and though somebody still holds the destroyed group."""
+    with RankPool(2, make_comm=False) as pool:
+        assert pool.run(start_over, str(tmp_path), old) == [[[2.0]] * 3] * 2
+
+
+def init_with_a_bad_timeout_on_rank_1(ctx: RankContext) -> tuple[str, list[float]]:
+    group = dist.new_group(list(range(ctx.world)))
+    if ctx.rank == 1:
+        os.environ["SGL_COMM_TIMEOUT"] = "soon"
+    text = error_of(lambda: sgl_comm.init(group))
+    os.environ.pop("SGL_COMM_TIMEOUT", None)
+    with sgl_comm.init(group) as comm:
+        return text, sum_of_ones(comm.group_name)
+
+
+def test_a_setting_that_is_bad_on_one_rank_is_an_error_on_all() -> None:
+    for text, after in run_ranks(init_with_a_bad_timeout_on_rank_1, 2, deadline=10):
+        assert text.startswith("SglCommError: ")
+        assert "SGL_COMM_TIMEOUT='soon'" in text
+        assert after == [2.0]
+
+
+def refused_in_place(ctx: RankContext) -> list[str]:
+    """One rank passes a tensor that overlaps itself; it alone must see an error, and the next call must work."""
+    assert ctx.comm is not None
+    comm, wrong = ctx.comm, []
+    shapes = {
+        "expand": torch.ones(1, 4).expand(3, 4),
+        "expand of a column": torch.ones(4, 1).expand(4, 3),
+        "windows": torch.ones(10).as_strided((4, 4), (2, 1)),
+        "interleaved": torch.ones(16).as_strided((3, 3), (2, 4)),
+    }
+    for name, x in shapes.items():
+        for rank in range(ctx.world):
+            if ctx.rank == rank:
+                text = error_of(lambda x=x: comm.all_reduce_(x))
+                if "several elements share memory" not in text or not bool((x == 1).all()):
+                    wrong.append(f"{name}: {text}")
+            if sum_of_ones(comm.group_name) != [ctx.world]:
+                wrong.append(f"{name}: the next call")
+    disjoint = torch.ones(12).as_strided((3, 2), (2, 7))  # interleaved, but no two elements meet
+    comm.all_reduce_(disjoint)
+    if disjoint.unique().tolist() != [ctx.world]:
+        wrong.append("interleaved without overlap")
+    return wrong
+
+
+def test_a_tensor_that_overlaps_itself_is_refused_before_anything_is_sent() -> None:
+    assert run_ranks(refused_in_place, 2) == [[], []]
+
+
+def refused_arguments(ctx: RankContext) -> list[str]:
+    """Bad arguments on one rank alone do not put the ranks out of step."""
+    assert ctx.comm is not None
+    comm, wrong = ctx.comm, []
+    bad = {
+        "mean": lambda: comm.all_reduce(torch.ones(3), "mean"),
+        "requires grad": lambda: comm.all_reduce(torch.ones(3, requires_grad=True)),
+    }
+    for words, call in bad.items():
+        if ctx.rank == 0 and words not in error_of(call):
+            wrong.append(words)
+        if sum_of_ones(comm.group_name) != [ctx.world]:
+            wrong.append(f"the call after {words}")
+    return wrong
+
+
+def test_bad_arguments_on_one_rank_leave_the_others_in_step() -> None:
+    assert run_ranks(refused_arguments, 3) == [[], [], []]
+
+
+def mismatched(ctx: RankContext, count_of_rank_1: int, dtype_of_rank_1: torch.dtype) -> tuple[str, str, float]:
+    x = torch.ones(count_of_rank_1, dtype=dtype_of_rank_1) if ctx.rank == 1 else torch.ones(1000)
+    group = dist.new_group(list(range(ctx.world)))
+    with sgl_comm.init(group) as comm:
+        start = time.monotonic()
+        first = error_of(lambda: comm.all_reduce(x))
+        took = time.monotonic() - start
+        checked = error_of(comm.check)
+        dist.barrier(ctx.group)
+    with sgl_comm.init(group) as comm:
+        assert sum_of_ones(comm.group_name) == [ctx.world]
+    return first, checked, took
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("count", "dtype", "words"),
+    [
+        (1001, torch.float32, "1001 float32"),
+        (0, torch.float32, "0 float32"),
+        (500_000, torch.float32, "500000 float32"),
+        (1000, torch.bfloat16, "1000 bfloat16"),
+        (2000, torch.float16, "2000 float16"),
+    ],
+    ids=str,
+)
+def test_different_sizes_or_dtypes_are_an_error_on_every_rank(
+    world: int, count: int, dtype: torch.dtype, words: str
+) -> None:
+    for first, checked, took in run_ranks(mismatched, world, count, dtype):
+        for text in (first, checked):
+            assert "called all_reduce of 1000 float32" in text
+            assert f"called all_reduce of {words}" in text
+            assert "rank 1" in text
+            assert text.startswith("SglCommError")
+        assert took < 1
+
+
+def forked(ctx: RankContext) -> list[str]:
+    """A forked child must not touch the group; its parent goes on."""
+    assert ctx.comm is not None
+    comm = ctx.comm
+    sum_of_ones(comm.group_name)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            texts = [
+                error_of(lambda: comm.all_reduce(torch.ones(3))),
+                error_of(lambda: comm.all_reduce_(torch.ones(3))),
+                error_of(comm.close),
+            ]
+            os.write(writing, "\n".join(texts).encode())
+        except BaseException:
+            os.write(writing, traceback.format_exc().encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        texts = pipe.read().split("\n")
+    os.waitpid(child, 0)
+    return [*texts, str(sum_of_ones(comm.group_name))]
+
+
+def test_a_forked_child_is_refused_and_its_parent_goes_on() -> None:
+    for functional, in_place, closed, after in run_ranks(forked, 2):
+        for op, text in (("all_reduce", functional), ("all_reduce_", in_place)):
+            assert text.startswith(f"SglCommError: sgl_comm::{op}: group '0' was made by the parent of this forked")
+        assert closed == "no error"
+        assert after == "[2.0]"
+
+
+def shm_by_its_class(ctx: RankContext) -> list[str]:
+    """The protocol that engines call: should_custom_ar, custom_all_reduce, capture, close."""
+    group = dist.new_group(list(range(ctx.world)))
+    shm = ShmAllReduce(group, device="cpu", max_size=1 << 20)
+    ints, floats = torch.ones(3, dtype=torch.int32), torch.ones(3)
+    seen = {
+        "enabled": not shm.disabled and shm.reason == "",
+        "floats": shm.should_custom_ar(floats),
+        "ints": not shm.should_custom_ar(ints) and shm.custom_all_reduce(ints) is None,
+        "fault": shm.fault() == "",
+    }
+    with shm.capture():
+        out = shm.custom_all_reduce(floats)
+    seen["sum"] = out is not None and out.tolist() == [ctx.world] * 3
+    shm.close()
+    shm.close()
+    return [name for name, right in seen.items() if not right]
+
+
+def test_shm_all_reduce_has_the_protocol_of_engines() -> None:
+    assert run_ranks(shm_by_its_class, 2) == [[], []]
+
+
+# --- the package
+
+
+def run_python(code: str, **environ: str) -> str:
+    """What a fresh interpreter prints, errors and warnings included."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SGL_COMM_")} | environ
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_unknown_variables_are_warned_about() -> None:
+    text = run_python("import sgl_comm", SGL_COMM_TIMEOUTS="3", SGL_COMM_TIMEOUT="3", XSGL_COMM_FOO="1")
+    assert "SGL_COMM_TIMEOUTS is set but sgl_comm has no such variable (known: " in text
+    assert "SGL_COMM_TIMEOUT is set" not in text
+    assert "XSGL_COMM_FOO" not in text
+    assert "SGL_COMM_" not in run_python("import sgl_comm", SGL_COMM_TIMEOUT="3")
+
+
+def test_importing_uses_no_gpu() -> None:
+    code = "import sgl_comm, torch; print(torch.cuda.is_initialized())"
+    assert run_python(code).splitlines()[-1] == "False"
+    assert run_python(code, CUDA_VISIBLE_DEVICES="").splitlines()[-1] == "False"
+
+
+@pytest.mark.gpu
+def test_importing_makes_no_cuda_context() -> None:
+    code = """
+import ctypes
+import sgl_comm
+driver = ctypes.CDLL("libcuda.so.1")
+active, flags = ctypes.c_int(-1), ctypes.c_uint()
+state = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
+print("used" if state == 0 and active.value != 0 else "unused")
+"""
+    assert run_python(code).splitlines()[-1] == "unused"
+
+
+def test_every_variable_has_a_default_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [variable.name for variable in envs.ALL]
+    assert len(set(names)) == len(names)
+    assert {"SGL_COMM_TIMEOUT", "SGL_COMM_CPU_INSTRUCTIONS", "SGL_COMM_BUILD_CUDA"} <= set(names)
+    assert all(variable.meaning for variable in envs.ALL)
+    monkeypatch.delenv("SGL_COMM_TIMEOUT", raising=False)
+    assert envs.timeout_seconds() == 300
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "")
+    assert envs.timeout_seconds() == 300
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "2.5")
+    assert envs.timeout_seconds() == 2.5
+
+
+def test_warnings_name_what_is_known(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_FOO", "1")
+    with caplog.at_level(logging.WARNING, logger="sgl_comm"):
+        envs.warn_about_unknown_names()
+    assert [record.getMessage() for record in caplog.records if "SGL_COMM_FOO" in record.getMessage()]
+
+
+def test_build_info_says_what_was_built() -> None:
+    if not Path(sgl_comm.__file__).with_name("_build_info.json").exists():
+        with pytest.raises(RuntimeError, match=r"sgl_comm is not built: .* Run `pip install"):
+            sgl_comm.build_info()
+        return
+    info = sgl_comm.build_info()
+    assert info.version == sgl_comm.__version__
+    assert info.cuda_built == (info.cuda_reason is None)
+    assert re.match(r"\d+\.\d+", info.torch_target_version)

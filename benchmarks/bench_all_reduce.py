@@ -31,9 +31,7 @@ def graph_microseconds(ranks: list[SimulatedRank], num_bytes: int, dtype: torch.
     for rank, buffers in zip(ranks, inputs, strict=True):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=rank.stream):
-            outputs: list[torch.Tensor | None] = [
-                None
-            ] * NUM_BUFFERS  # the graph's memory pool gives back what is let go
+            outputs: list[torch.Tensor | None] = [None] * NUM_BUFFERS
             for call in range(CALLS):
                 slot = call % NUM_BUFFERS
                 outputs[slot] = torch.ops.sgl_comm.all_reduce(buffers[slot], rank.group_name)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
@@ -29,6 +30,7 @@ struct SegmentHandle {
   int32_t world = 0;
   int32_t pid = 0;
   int32_t descriptor = -1;  // rank 0's memfd
+  cpu_set_t cores{};        // where the rank may run
 };
 
 class GroupSegment {
@@ -48,6 +50,7 @@ class GroupSegment {
     handle.world = world;
     handle.pid = getpid();
     handle.bytes = bytes;
+    sched_getaffinity(0, sizeof handle.cores, &handle.cores);
     handle.magic = kMagic;
     if (rank == 0 && getrandom(handle.nonce, sizeof handle.nonce, 0) == sizeof handle.nonce) {
       descriptor_ = memfd_create("sgl_comm", MFD_CLOEXEC);
@@ -67,6 +70,7 @@ class GroupSegment {
       if (handle.magic != kMagic || handle.bytes != handles[0].bytes) return "the ranks run different versions";
       if (handle.rank != int32_t(r) || handle.world != int32_t(handles.size())) return "the ranks are not in order";
       pids.push_back(handle.pid);
+      CPU_OR(&cores_, &cores_, &handle.cores);
     }
     if (handles[0].descriptor < 0) return "rank 0 cannot make shared memory (memfd_create)";
     if (rank != 0) {
@@ -86,6 +90,8 @@ class GroupSegment {
   bool attached() const { return peers_.count() > 0; }
   std::byte* data() const { return static_cast<std::byte*>(mapped_) + kPreface; }
   const PeerProcesses& peers() const { return peers_; }
+  // How many cores the ranks may use, all together.
+  int num_cores() const { return CPU_COUNT(&cores_); }
 
  private:
   static constexpr uint64_t kMagic = 0x314d4d4f434c4753;  // "SGLCOMM1"
@@ -122,6 +128,7 @@ class GroupSegment {
   size_t mapped_bytes_ = 0;
   int descriptor_ = -1;
   PeerProcesses peers_;
+  cpu_set_t cores_{};
 };
 
 }  // namespace sgl_comm

@@ -1,7 +1,7 @@
 """What compilers need to know of the ops: shapes of results, and that calls keep their order.
 
 Each op that communicates has an ordered effect: a compiler may not drop, merge or reorder such calls. Effects cover
-functional ops; ``all_reduce_`` is traced as ``all_reduce`` and a copy (csrc/fallback.cpp), so it is ordered by the same.
+functional ops; ``all_reduce_`` is traced as ``all_reduce`` and a copy (csrc/fallback.cpp), so the same orders it.
 """
 
 from __future__ import annotations

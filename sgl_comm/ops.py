@@ -49,7 +49,7 @@ def all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor
 def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
     """``all_reduce`` in place: the caller's own tensor holds the result, whatever its strides.
 
-    Args and errors as for ``all_reduce``; a tensor that overlaps itself (``expand``) is refused before anything is sent.
+    Args and errors as for ``all_reduce``; a tensor that overlaps itself (``expand``) is refused unsent.
     """
     if torch.compiler.is_compiling():
         _ops.all_reduce_(input, group_name, reduce_op)

@@ -26,13 +26,14 @@ struct Message {
   size_t count;
 };
 
-// Sums elements [first, first + count) of the step's slots into `out`; this rank's own come from the caller's memory.
-void sum_slots(const ShmCommunicator& comm, DType dtype, const std::byte* own, std::byte* out, size_t first,
-               size_t count) {
+// Sums elements [first, first + count) of the step's slots into `out` and, if not null, `copy`, each where element
+// `first` goes. This rank's own come from the caller's memory.
+void sum_slots(const ShmCommunicator& comm, const Message& message, size_t first, size_t count, std::byte* out,
+               std::byte* copy) {
   const void* sources[kMaxWorld];
-  const size_t offset = first * size_of(dtype);
-  for (int r = 0; r < comm.world(); ++r) sources[r] = (r == comm.rank() ? own : comm.slot(r)) + offset;
-  sum_in_order(dtype, out, sources, comm.world(), count);
+  const size_t offset = first * size_of(message.dtype);
+  for (int r = 0; r < comm.world(); ++r) sources[r] = (r == comm.rank() ? message.in : comm.slot(r)) + offset;
+  sum_in_order(message.dtype, out, copy, sources, comm.world(), count);
 }
 
 void direct(ShmCommunicator& comm, const Message& message) {
@@ -40,7 +41,7 @@ void direct(ShmCommunicator& comm, const Message& message) {
   std::memcpy(comm.slot(comm.rank()), message.in, message.count * size_of(message.dtype));
   comm.arrive();
   comm.await_arrivals();
-  sum_slots(comm, message.dtype, message.in, message.out, 0, message.count);
+  sum_slots(comm, message, 0, message.count, message.out, nullptr);
 }
 
 // One chunk, at most a slot large. Rank r sums the elements from part(r) to part(r + 1) and all copy out the sums.
@@ -57,9 +58,8 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
   std::memcpy(slot + end, message.in + end, bytes - end);
   comm.arrive();
   comm.await_arrivals();
-  sum_slots(comm, message.dtype, message.in, comm.sums() + begin, begin / size, (end - begin) / size);
+  sum_slots(comm, message, begin / size, (end - begin) / size, comm.sums() + begin, message.out + begin);
   comm.announce_sum();
-  std::memcpy(message.out + begin, comm.sums() + begin, end - begin);
   for (int peer = 0; peer < comm.world(); ++peer) {
     if (peer == comm.rank()) continue;
     comm.await_sum(peer);

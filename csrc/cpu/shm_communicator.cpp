@@ -18,12 +18,7 @@ constexpr int64_t kSleepNanoseconds = 20'000'000;
 constexpr int kYields = 32;
 
 // Spinning pays while every rank can have a core of its own; else it keeps the core from the rank that is awaited.
-int spin_limit_for(int world) {
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
-  return known && CPU_COUNT(&cores) >= world ? 4000 : 50;
-}
+constexpr int kSpins = 4000, kSpinsOnTooFewCores = 50;
 
 std::string describe(uint64_t packed) {
   const Call call = Call::unpacked(packed);
@@ -33,11 +28,7 @@ std::string describe(uint64_t packed) {
 }  // namespace
 
 ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds)
-    : group_name_(std::move(group_name)),
-      rank_(rank),
-      world_(world),
-      timeout_seconds_(timeout_seconds),
-      spin_limit_(spin_limit_for(world)) {}
+    : group_name_(std::move(group_name)), rank_(rank), world_(world), timeout_seconds_(timeout_seconds) {}
 
 ShmCommunicator::~ShmCommunicator() {
   if (header_ == nullptr) return;
@@ -57,6 +48,7 @@ std::string ShmCommunicator::attach(const std::vector<SegmentHandle>& handles) {
   header_ = reinterpret_cast<Header*>(segment_.data());
   slots_ = segment_.data() + kHeaderBytes;
   sums_ = slots_ + 2 * world_ * kSlotBytes;
+  spin_limit_ = segment_.num_cores() >= world_ ? kSpins : kSpinsOnTooFewCores;
   return "";
 }
 

@@ -98,7 +98,7 @@ class ShmCommunicator {
   const int rank_;
   const int world_;
   const double timeout_seconds_;
-  const int spin_limit_;
+  int spin_limit_ = 0;
   GroupSegment segment_;
   Header* header_ = nullptr;
   std::byte* slots_ = nullptr;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers
@@ -53,12 +54,9 @@ namespace sgl_comm {
 
 namespace {
 
-using SumVectors = void (*)(DType, void*, const void* const*, int, size_t);
-
 struct Instructions {
   const char* name;
-  SumVectors sum;
-  size_t lanes;
+  size_t (*sum)(DType, void* out, void* copy, const void* const* sources, int num_sources, size_t count);
 };
 
 // The best that this machine has, or the one that SGL_COMM_CPU_INSTRUCTIONS names if the machine has it.
@@ -69,14 +67,14 @@ Instructions choose_instructions() {
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::sum_vectors, avx512::Vec::kLanes};
+    return {"avx512", avx512::sum_vectors};
   }
   // f16c came before avx2 in every processor that has both.
-  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", avx2::sum_vectors, avx2::Vec::kLanes};
+  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", avx2::sum_vectors};
 #elif defined(__aarch64__)
-  if (allowed("neon")) return {"neon", neon::sum_vectors, neon::Vec::kLanes};
+  if (allowed("neon")) return {"neon", neon::sum_vectors};
 #endif
-  return {"scalar", scalar::sum_vectors, scalar::Vec::kLanes};
+  return {"scalar", scalar::sum_vectors};
 }
 
 const Instructions& instructions() {
@@ -116,15 +114,15 @@ class DefaultFloatingPoint {
 
 }  // namespace
 
-void sum_in_order(DType dtype, void* out, const void* const* sources, int num_sources, size_t count) {
+void sum_in_order(DType dtype, void* out, void* copy, const void* const* sources, int num_sources, size_t count) {
   const DefaultFloatingPoint guard;
-  const Instructions& best = instructions();
-  const size_t whole = count / best.lanes * best.lanes;
-  if (whole > 0) best.sum(dtype, out, sources, num_sources, whole);
-  if (whole == count) return;
+  const size_t done = instructions().sum(dtype, out, copy, sources, num_sources, count);
+  if (done == count) return;
+  const auto rest = [&](auto* p) { return p + done * size_of(dtype); };
   const void* ends[kMaxWorld];
-  for (int r = 0; r < num_sources; ++r) ends[r] = static_cast<const char*>(sources[r]) + whole * size_of(dtype);
-  scalar::sum_vectors(dtype, static_cast<char*>(out) + whole * size_of(dtype), ends, num_sources, count - whole);
+  for (int r = 0; r < num_sources; ++r) ends[r] = rest(static_cast<const char*>(sources[r]));
+  void* copy_end = copy != nullptr ? rest(static_cast<char*>(copy)) : nullptr;
+  scalar::sum_vectors(dtype, rest(static_cast<char*>(out)), copy_end, ends, num_sources, count - done);
 }
 
 const char* sum_instructions() { return instructions().name; }

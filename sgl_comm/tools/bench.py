@@ -54,6 +54,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
     parser.add_argument("--sizes", type=parse_bytes, nargs="+", metavar="BYTES", help="these sizes instead")
     parser.add_argument("--iters", type=int, default=50, help="samples a size (default 50)")
+    parser.add_argument(
+        "--no-bind", dest="bind", action="store_false", help="let the system move CPU ranks among cores"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--in-place", dest="in_place", action="store_true", default=True, help="the default")
@@ -90,7 +93,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with _torchrun_ranks(args) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else _own_ranks(args) as ranks:
         setting: dict[str, Any] = {
             **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
-            "dtype": args.dtype, "form": "in place" if args.in_place else "out of place",
+            "ranks": ranks.placing, "dtype": args.dtype, "form": "in place" if args.in_place else "out of place",
         }  # fmt: skip
         table = report.Table(setting) if ranks.leads else None
         rows: list[Row] = []
@@ -113,6 +116,7 @@ class _Ranks:
     world: int
     device: str
     leads: bool
+    placing: str
     measure: Callable[..., Any]
 
 
@@ -121,7 +125,9 @@ def _own_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
     world = args.world or 2
     device = args.device or ("cuda" if world >= 2 and torch.cuda.device_count() >= 2 else "cpu")
     with RankPool(world, device) as pool:
-        yield _Ranks(world, device, True, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
+        bound = device == "cpu" and args.bind and all(pool.run(bind_to_a_core))
+        placing = "bound to a core each" if bound else "not bound"
+        yield _Ranks(world, device, True, placing, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
 
 
 @contextlib.contextmanager
@@ -140,7 +146,7 @@ def _torchrun_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
         assert group is not None
         with sgl_comm.init(group, device=device) as comm:
             ctx = RankContext(dist.get_rank(), dist.get_world_size(), device, group, comm)
-            yield _Ranks(ctx.world, kind, ctx.rank == 0, lambda fn, *a: fn(ctx, *a))
+            yield _Ranks(ctx.world, kind, ctx.rank == 0, "as torchrun placed them", lambda fn, *a: fn(ctx, *a))
     finally:
         _contenders.cache_clear()  # a gloo group that outlives the interpreter aborts the process
         dist.destroy_process_group()
@@ -150,6 +156,18 @@ def _steps(first: int, last: int, factor: int) -> Iterator[int]:
     while first <= last:
         yield first
         first *= factor
+
+
+def bind_to_a_core(ctx: RankContext) -> bool:
+    """Gives the rank's own thread a core to itself, as launchers do; False where there are fewer cores than ranks.
+
+    Threads that the rank has started before, as gloo's, stay where the system puts them.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ctx.world:
+        return False
+    os.sched_setaffinity(0, {cores[ctx.rank]})
+    return True
 
 
 def backend_of(ctx: RankContext) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,10 @@ def _load_cpu() -> None:
     try:
         importlib.import_module("sgl_comm._C")
     except ImportError as error:
-        raise SglCommError(f"sgl_comm: its library _C cannot be loaded; was the package built? ({error})") from error
+        raise SglCommError(
+            f"sgl_comm: its library _C cannot be loaded from {Path(__file__).parent} ({error}); in a source tree,"
+            " build it with: python -m pip install -e ."
+        ) from error
 
 
 def _load_cuda() -> str:

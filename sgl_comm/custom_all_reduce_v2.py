@@ -11,12 +11,22 @@ from torch.distributed import ProcessGroup
 
 from sgl_comm import _library, envs
 from sgl_comm import ops as sgl_ops
+from sgl_comm.errors import SglCommError
 from sgl_comm.rendezvous import Rendezvous
 
 _ops = torch.ops.sgl_comm
 
 SUPPORTED_WORLD_SIZES = range(1, 9)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_MAX_SIZE = 64 << 10
+"""Bytes: one block's places in the ring."""
+
+
+def _bad_max_size(max_size: int | None) -> str:
+    """What is wrong with it, or an empty text."""
+    if max_size is None or (max_size >= MIN_MAX_SIZE and max_size % 16 == 0):
+        return ""
+    return f"got max_size {max_size}; expected a multiple of 16 bytes, at least {MIN_MAX_SIZE}"
 
 
 class CustomAllReduceV2:
@@ -41,12 +51,18 @@ class CustomAllReduceV2:
         link = Rendezvous.of(group)
         self.group_name = link.name
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        self._registered = not _library.cuda_missing
+        if bad := link.agree(_bad_max_size(max_size)):
+            raise SglCommError(f"init: {bad}")
         self.reason = link.agree(_library.cuda_missing)
+        self._registered = not _library.cuda_missing
         if self._registered:
             with sgl_ops._own_errors():
                 _ops._cuda_group_open(link.name, link.rank, link.world)
-            self.reason = self.reason or self._set_up(link, max_size)
+            try:
+                self.reason = self.reason or self._set_up(link, max_size)
+            except BaseException:
+                self.close()
+                raise
         self.disabled = bool(self.reason)
 
     def _set_up(self, link: Rendezvous, max_size: int | None) -> str:

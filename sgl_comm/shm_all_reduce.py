@@ -40,7 +40,11 @@ class ShmAllReduce:
         self.group_name = link.name
         with sgl_ops._own_errors():
             _ops._group_open(link.name, link.rank, link.world)
-        self.reason = self._set_up(link)
+        try:
+            self.reason = self._set_up(link)
+        except BaseException:
+            self.close()
+            raise
         self.disabled = bool(self.reason)
 
     def _set_up(self, link: Rendezvous) -> str:

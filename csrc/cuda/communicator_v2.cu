@@ -168,17 +168,18 @@ void CommunicatorV2::watch() {
 
 std::string CommunicatorV2::fault() const {
   if (!failed()) return "";
+  const bool seen_by_kernel = static_cast<const volatile device::Fault*>(fault_)->written != 0;
   const device::Fault fault = *fault_;
-  const device::AbortCode code = device::AbortCode::unpacked(fault.abort);
+  const device::AbortCode code = device::AbortCode::unpacked(seen_by_kernel ? fault.abort : host_abort_->abort);
   std::ostringstream text;
   if (code.died) {
-    text << "rank " << code.peer << " died; rank " << code.rank << " was waiting for it";
+    text << "rank " << code.peer << " died, as rank " << code.rank << " saw";
   } else {
     text << "rank " << code.rank << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for rank " << code.peer
          << ", which never came";
   }
-  text << " (seen in call " << fault.epoch + 1 << ", block " << fault.block
-       << "). Outputs since then are NaN, and the communicator is unusable on every rank: close() it and init() again";
+  if (seen_by_kernel) text << " (call " << fault.epoch + 1 << ", block " << fault.block << ")";
+  text << ". Outputs since then are NaN, and the communicator is unusable on every rank: close() it and init() again";
   return text.str();
 }
 

@@ -60,8 +60,11 @@ class CommunicatorV2 {
   // device are on it at once.
   const Residency& limits() const { return limits_; }
 
-  // Why the communicator is unusable; empty while it is not. failed() is one read of host memory.
-  bool failed() const { return static_cast<const volatile device::Fault*>(fault_)->written != 0; }
+  // Why the communicator is unusable; empty while it is not. failed() is two reads of host memory.
+  bool failed() const {
+    return static_cast<const volatile device::Fault*>(fault_)->written != 0 ||
+           static_cast<const volatile device::HostAbort*>(host_abort_)->abort != 0;
+  }
   std::string fault() const;
 
  private:

@@ -11,13 +11,12 @@ from torch.distributed import ProcessGroup
 
 from sgl_comm import _library, envs
 from sgl_comm import ops as sgl_ops
+from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
 from sgl_comm.errors import SglCommError
 from sgl_comm.rendezvous import Rendezvous
 
 _ops = torch.ops.sgl_comm
 
-SUPPORTED_WORLD_SIZES = range(1, 9)
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_MAX_SIZE = 64 << 10
 """Bytes: one block's places in the ring."""
 
@@ -67,8 +66,8 @@ class CustomAllReduceV2:
 
     def _set_up(self, link: Rendezvous, max_size: int | None) -> str:
         """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
-        if link.world not in SUPPORTED_WORLD_SIZES:
-            return f"world size {link.world} is not one of {SUPPORTED_WORLD_SIZES.start} to {SUPPORTED_WORLD_SIZES[-1]}"
+        if reason := why_not_world_size(link.world):
+            return reason
         if link.world == 1:
             return ""
         mine = _ops._v2_publish(link.name, self.device.index or 0, max_size or 0, envs.timeout_seconds())

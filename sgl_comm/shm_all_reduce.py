@@ -11,12 +11,10 @@ from torch.distributed import ProcessGroup
 
 from sgl_comm import envs
 from sgl_comm import ops as sgl_ops
+from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
 from sgl_comm.rendezvous import Rendezvous
 
 _ops = torch.ops.sgl_comm
-
-SUPPORTED_WORLD_SIZES = range(1, 9)
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ShmAllReduce:
@@ -49,8 +47,8 @@ class ShmAllReduce:
 
     def _set_up(self, link: Rendezvous) -> str:
         """Makes and shares the segment. Returns why it cannot be used, the same on every rank; empty if it can."""
-        if link.world not in SUPPORTED_WORLD_SIZES:
-            return f"world size {link.world} is not one of {SUPPORTED_WORLD_SIZES.start} to {SUPPORTED_WORLD_SIZES[-1]}"
+        if reason := why_not_world_size(link.world):
+            return reason
         handles = link.all_gather(_ops._shm_publish(link.name, envs.timeout_seconds()))
         reason = link.agree(_ops._shm_attach(link.name, handles))
         _ops._shm_settle(link.name, not reason)

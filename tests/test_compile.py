@@ -54,17 +54,17 @@ def results_used_in_another_order(x: Tensor, y: Tensor, groups: Groups) -> Resul
     b = all_reduce(y, groups[1])
     c = all_reduce(x + 1, groups[2])
     d = all_reduce(y * 2, groups[0])
-    return d * 2, c, b.sum(0), a
+    return d * 2, c, b.amax(0), a
 
 
 def chains_of_different_sizes(x: Tensor, y: Tensor, groups: Groups) -> Result:
     """Where memory is saved by running one chain before the other."""
     wide = all_reduce(x.repeat(64, 64), groups[0])
     b = all_reduce(y, groups[1])
-    c = all_reduce(wide.sum(1), groups[2])
+    c = all_reduce(wide.amax(1), groups[2])
     wide_too = all_reduce(y.repeat(64, 64), groups[1])
     d = all_reduce(b, groups[0])
-    return d, c, wide_too.sum(0)
+    return d, c, wide_too.amax(0)
 
 
 def in_place_on_a_local(x: Tensor, y: Tensor, groups: Groups) -> Result:
@@ -134,10 +134,11 @@ CASES = {
 }
 
 
-def arguments(rank: int, seed: int, sizes: tuple[int, int] = (8, 5)) -> tuple[Tensor, Tensor]:
+def arguments(ctx: RankContext, seed: int, sizes: tuple[int, int] = (8, 5)) -> tuple[Tensor, Tensor]:
     """Values that a sum of the wrong two calls would not give."""
-    random_bits = torch.Generator().manual_seed(100 * seed + rank)
-    return torch.randn(4, sizes[0], generator=random_bits), torch.randn(3, sizes[1], generator=random_bits)
+    random_bits = torch.Generator().manual_seed(100 * seed + ctx.rank)
+    x, y = torch.randn(4, sizes[0], generator=random_bits), torch.randn(3, sizes[1], generator=random_bits)
+    return x.to(ctx.device), y.to(ctx.device)
 
 
 def three_groups(ctx: RankContext) -> list[str]:
@@ -204,10 +205,10 @@ def compiled_like_eager(ctx: RankContext, name: str, folder: str) -> list[str]:
 
     case, groups = CASES[name], groups_of(ctx)
     use_fresh_cache(folder, ctx)
-    x, y = arguments(ctx.rank, seed=1)
+    x, y = arguments(ctx, seed=1)
     eager = [*case.fn(x, y, groups), x, y]
 
-    x, y = arguments(ctx.rank, seed=1)
+    x, y = arguments(ctx, seed=1)
     compiled = torch.compile(case.fn, fullgraph=True)
     results, codes = run_and_get_code(compiled, x, y, groups)
     wrong = differences("compiled", [*results, x, y], eager)
@@ -224,9 +225,9 @@ def compiled_like_eager(ctx: RankContext, name: str, folder: str) -> list[str]:
         if seen != list(case.groups):
             break  # the ranks would wait for each other in vain
         for seed in (2, 3):
-            x, y = arguments(ctx.rank, seed)
+            x, y = arguments(ctx, seed)
             eager = [*case.fn(x, y, groups), x, y]
-            x, y = arguments(ctx.rank, seed)
+            x, y = arguments(ctx, seed)
             fn = compiled if ctx.rank == alone else case.fn
             wrong += differences(f"compiled on rank {alone} alone", [*fn(x, y, groups), x, y], eager)
     return wrong
@@ -241,7 +242,7 @@ def found_again_in_the_cache(ctx: RankContext, folder: str) -> list[str]:
     wrong = []
     for turn in ("first", "second"):
         torch._dynamo.reset()
-        x, y = arguments(ctx.rank, seed=4)
+        x, y = arguments(ctx, seed=4)
         eager = case.fn(x, y, groups)
         results, codes = run_and_get_code(torch.compile(case.fn, fullgraph=True), x, y, groups)
         wrong += differences(turn, results, eager)
@@ -258,13 +259,13 @@ def dynamic_shapes(ctx: RankContext, folder: str) -> list[str]:
     for dtype, name in ((torch.float32, "two_sums"), (torch.bfloat16, "functional_and_in_place")):
         compiled = torch.compile(CASES[name].fn, fullgraph=True, dynamic=True)
         for turn, sizes in enumerate(((8, 5), (13, 9), (200, 31), (7, 3))):
-            x, y = (value.to(dtype) for value in arguments(ctx.rank, turn, sizes))
+            x, y = (value.to(dtype) for value in arguments(ctx, turn, sizes))
             eager = [*CASES[name].fn(x, y, groups), x, y]
-            x, y = (value.to(dtype) for value in arguments(ctx.rank, turn, sizes))
+            x, y = (value.to(dtype) for value in arguments(ctx, turn, sizes))
             with torch._dynamo.config.patch(error_on_recompile=turn > 0):
                 wrong += differences(f"{name} {dtype} {sizes}", [*compiled(x, y, groups), x, y], eager)
     transposed = torch.compile(CASES["two_sums"].fn, fullgraph=True)
-    x, y = (value.t() for value in arguments(ctx.rank, 9))
+    x, y = (value.t() for value in arguments(ctx, 9))
     wrong += differences("transposed", transposed(x, y, groups), CASES["two_sums"].fn(x, y, groups))
     return wrong
 
@@ -281,7 +282,7 @@ def wrappers_and_communicator(ctx: RankContext, folder: str) -> list[str]:
         return a, b, sgl_comm.ops.all_reduce(x, groups[0], "max")
 
     use_fresh_cache(folder, ctx)
-    x, _ = arguments(ctx.rank, seed=5)
+    x, _ = arguments(ctx, seed=5)
     return differences("wrappers", torch.compile(fn, fullgraph=True)(x), fn(x))
 
 
@@ -310,7 +311,27 @@ def opchecked(ctx: RankContext) -> None:
     torch.library.opcheck(torch.ops.sgl_comm.all_reduce.default, (x, group), {"reduce_op": "max"})
 
 
-POOL_ENV = {"SGL_COMM_TIMEOUT": "20"}
+def cuda_graphs(ctx: RankContext, folder: str) -> list[str]:
+    """Inductor's own CUDA graphs: taken, and right when they are replayed with other inputs."""
+    from torch._dynamo.utils import counters
+
+    case, groups = CASES["results_used_in_another_order"], groups_of(ctx)
+    use_fresh_cache(folder, ctx)
+    counters.clear()
+    compiled = torch.compile(case.fn, fullgraph=True, mode="reduce-overhead")
+    wrong = []
+    for seed in range(6):
+        x, y = arguments(ctx, seed)
+        eager = case.fn(x, y, groups)
+        torch.compiler.cudagraph_mark_step_begin()
+        results = [result.clone() for result in compiled(x, y, groups)]
+        wrong += differences(f"call {seed}", results, eager)
+    skips = counters["inductor"]["cudagraph_skips"]
+    return [*wrong, f"CUDA graphs were skipped {skips} times"] if skips else wrong
+
+
+POOL_ENV = {"SGL_COMM_TIMEOUT": "20", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+"""The second spares the trial builds by which Inductor finds the vector instructions of a CPU."""
 
 
 @pytest.fixture(scope="module")
@@ -331,9 +352,15 @@ def pool_of() -> Iterator[Callable[[str], RankPool]]:
 PoolOf = Callable[[str], RankPool]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_code_keeps_every_call_in_its_place(pool_of: PoolOf, name: str, tmp_path: Path) -> None:
-    assert pool_of("cpu").run(compiled_like_eager, name, str(tmp_path), deadline=120) == [[], []]
+def test_compiled_code_keeps_every_call_in_its_place(pool_of: PoolOf, device: str, name: str, tmp_path: Path) -> None:
+    assert pool_of(device).run(compiled_like_eager, name, str(tmp_path), deadline=120) == [[], []]
+
+
+@pytest.mark.gpu
+def test_compiled_code_takes_cuda_graphs(pool_of: PoolOf, tmp_path: Path) -> None:
+    assert pool_of("cuda").run(cuda_graphs, str(tmp_path), deadline=120) == [[], []]
 
 
 def test_code_from_the_cache_keeps_every_call_in_its_place(pool_of: PoolOf, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include "tensor.h"
+#include "handles.h"
 
 namespace sgl_comm::cpu {
 
@@ -27,19 +25,12 @@ Tensor shm_publish(const std::string& name, double timeout) {
   auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout);
   const SegmentHandle handle = communicator->publish();
   group->communicator = std::move(communicator);
-  Tensor bytes = torch::stable::empty({static_cast<int64_t>(sizeof handle)}, torch::headeronly::ScalarType::Byte);
-  std::memcpy(bytes.mutable_data_ptr(), &handle, sizeof handle);
-  return bytes;
+  return to_bytes(handle);
 }
 
 std::string shm_attach(const std::string& name, const Tensor& bytes) {
   const auto group = groups().find("init", name);
-  const size_t expected = group->world * sizeof(SegmentHandle);
-  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
-            " as handles; expected ", expected, " bytes in a row");
-  std::vector<SegmentHandle> handles(group->world);
-  std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
-  return group->communicator->attach(handles);
+  return group->communicator->attach(from_bytes<SegmentHandle>(bytes, group->world));
 }
 
 void shm_settle(const std::string& name, bool agreed) {

@@ -5,12 +5,11 @@
 #include <cstring>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "cuda/all_reduce.h"
 #include "cuda/cuda_check.h"
 #include "cuda/groups.h"
-#include "tensor.h"
+#include "handles.h"
 
 namespace sgl_comm::cuda {
 
@@ -37,18 +36,12 @@ Tensor v2_publish(const std::string& name, int64_t device, int64_t max_size, dou
     handle = {};
     std::strncpy(handle.failure, error.what(), sizeof handle.failure - 1);
   }
-  Tensor bytes = torch::stable::empty({static_cast<int64_t>(sizeof handle)}, torch::headeronly::ScalarType::Byte);
-  std::memcpy(bytes.mutable_data_ptr(), &handle, sizeof handle);
-  return bytes;
+  return to_bytes(handle);
 }
 
 std::string v2_attach(const std::string& name, const Tensor& bytes) {
   const auto group = groups().find("init", name);
-  const size_t expected = group->world * sizeof(HandleV2);
-  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
-            " as handles; expected ", expected, " bytes in a row");
-  std::vector<HandleV2> handles(group->world);
-  std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
+  const auto handles = from_bytes<HandleV2>(bytes, group->world);
   if (group->communicator) return group->communicator->attach(handles);
   return handles[group->rank].failure;
 }

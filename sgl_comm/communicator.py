@@ -58,8 +58,9 @@ class Communicator:
         self.group_name: str = link.name
         self.rank: int = link.rank
         self.world_size: int = link.world
-        self.device: torch.device = _device_of(link, device)
-        _forget_dead_group(link.name)
+        self.device, problem = _device_of(link, device)
+        link.refuse_together(problem)
+        _forget_dead_group(link)
         self._group = weakref.ref(link.group)
         self._fallback = link.backend
         self._closed = False
@@ -132,21 +133,23 @@ class Communicator:
         self.close()
 
 
-def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> torch.device:
+def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tuple[torch.device, str]:
+    """The device that is meant, and what is wrong with it or an empty text."""
     if device is None:
         device = "cuda" if "nccl" in link.backend and torch.cuda.is_available() else "cpu"
     chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
-        raise SglCommError(f"init: got device {device!r}; expected the CPU or a CUDA device")
-    if chosen.type == "cuda" and chosen.index is None:
-        if not torch.cuda.is_available():
-            raise SglCommError(f"init: got device {device!r}; expected a CUDA device that torch can use")
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen
+    if chosen.type == "cpu":
+        return chosen, ""
+    if chosen.type != "cuda":
+        return chosen, f"got device {device!r}; expected the CPU or a CUDA device"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0 or (chosen.index or 0) >= count:
+        return chosen, f"got device {device!r}; expected one of the {count} CUDA devices that torch can use"
+    return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index), ""
 
 
-def _forget_dead_group(name: str) -> None:
-    """Closes the communicator of a group that is gone: torch gives names like "0" again after a new start."""
-    old = _live.get(name)
-    if old is not None and old._group() is None:
+def _forget_dead_group(link: Rendezvous) -> None:
+    """Closes the communicator of an earlier group of this name: torch gives names like "0" again after a new start."""
+    old = _live.get(link.name)
+    if old is not None and old._group() is not link.group:
         old.close()

@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from sgl_comm import _library, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
-from sgl_comm.errors import SglCommError
 from sgl_comm.rendezvous import Rendezvous
 
 _ops = torch.ops.sgl_comm
@@ -50,19 +49,26 @@ class CustomAllReduceV2:
         link = Rendezvous.of(group)
         self.group_name = link.name
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if bad := link.agree(_bad_max_size(max_size)):
-            raise SglCommError(f"init: {bad}")
-        self.reason = link.agree(_library.cuda_missing)
-        self._registered = not _library.cuda_missing
-        if self._registered:
-            with sgl_ops._own_errors():
-                _ops._cuda_group_open(link.name, link.rank, link.world)
-            try:
-                self.reason = self.reason or self._set_up(link, max_size)
-            except BaseException:
-                self.close()
-                raise
+        self._registered = False
+        problem = _bad_max_size(max_size) or self._try_to_open(link)
+        try:
+            link.refuse_together(problem)
+            self.reason = link.agree(_library.cuda_missing) or self._set_up(link, max_size)
+        except BaseException:
+            self.close()
+            raise
         self.disabled = bool(self.reason)
+
+    def _try_to_open(self, link: Rendezvous) -> str:
+        """Registers the group with the CUDA library, if there is one. Returns why this rank cannot, or ""."""
+        try:
+            envs.timeout_seconds()
+            if not _library.cuda_missing:
+                _ops._cuda_group_open(link.name, link.rank, link.world)
+                self._registered = True
+        except RuntimeError as error:
+            return str(error).removeprefix("sgl_comm::init: ")
+        return ""
 
     def _set_up(self, link: Rendezvous, max_size: int | None) -> str:
         """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""

@@ -55,7 +55,7 @@ def timeout_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e9:
-        raise SglCommError(f"init: got {TIMEOUT.name}={text!r}; expected a number of seconds above 0")
+        raise SglCommError(f"got {TIMEOUT.name}={text!r}; expected a number of seconds above 0")
     return seconds
 
 

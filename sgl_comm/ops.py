@@ -15,7 +15,8 @@ _ops = torch.ops.sgl_comm
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
+    """Turns a ``RuntimeError`` of ``torch.ops`` into ``SglCommError``, with the same text."""
     try:
         yield
     except RuntimeError as error:
@@ -42,7 +43,7 @@ def all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor
     """
     if torch.compiler.is_compiling():
         return _ops.all_reduce(input, group_name, reduce_op)
-    with _own_errors():
+    with own_errors():
         return _ops.all_reduce(input, group_name, reduce_op)
 
 
@@ -54,7 +55,7 @@ def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
     if torch.compiler.is_compiling():
         _ops.all_reduce_(input, group_name, reduce_op)
         return
-    with _own_errors():
+    with own_errors():
         _ops.all_reduce_(input, group_name, reduce_op)
 
 
@@ -74,5 +75,5 @@ def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> 
     """
     if torch.compiler.is_compiling():
         return _ops.custom_all_reduce_v2(input, group_name, algo)
-    with _own_errors():
+    with own_errors():
         return _ops.custom_all_reduce_v2(input, group_name, algo)

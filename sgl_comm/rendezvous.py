@@ -56,6 +56,12 @@ class Rendezvous:
         dist.all_gather(pieces, mine.to(device), group=self.group)
         return torch.cat(pieces).cpu()
 
+    def refuse_together(self, problem: str) -> None:
+        """Raises ``SglCommError`` on every rank if any rank has a problem ("" where it has none)."""
+        said = self.agree(problem)
+        if said:
+            raise SglCommError(f"init: {problem or said}")
+
     def agree(self, reason: str) -> str:
         """Tells all ranks why this one cannot go on ("" if it can). Returns the first rank's reason, alike on all."""
         text = reason.encode()[:_REASON_BYTES]

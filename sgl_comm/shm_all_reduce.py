@@ -17,6 +17,16 @@ from sgl_comm.rendezvous import Rendezvous
 _ops = torch.ops.sgl_comm
 
 
+def _try_to_open(link: Rendezvous) -> str:
+    """Registers the group. Returns why this rank cannot, or an empty text."""
+    try:
+        envs.timeout_seconds()
+        _ops._group_open(link.name, link.rank, link.world)
+    except RuntimeError as error:
+        return str(error).removeprefix("sgl_comm::init: ")
+    return ""
+
+
 class ShmAllReduce:
     """Owns a group's place in the CPU registry and, where all ranks share a host, its shared-memory segment.
 
@@ -36,12 +46,13 @@ class ShmAllReduce:
     ) -> None:
         link = Rendezvous.of(group)
         self.group_name = link.name
-        with sgl_ops._own_errors():
-            _ops._group_open(link.name, link.rank, link.world)
+        problem = _try_to_open(link)
         try:
+            link.refuse_together(problem)
             self.reason = self._set_up(link)
         except BaseException:
-            self.close()
+            if not problem:
+                self.close()
             raise
         self.disabled = bool(self.reason)
 

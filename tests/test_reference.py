@@ -48,9 +48,9 @@ def rounded(value: Fraction, exponent_bits: int, mantissa_bits: int) -> int:
     """The word nearest to a number other than zero, ties to the even one, without its sign bit."""
     bias = (1 << (exponent_bits - 1)) - 1
     magnitude = abs(value)
-    exponent = 1 - bias
-    while magnitude >= Fraction(2) ** (exponent + 1):
-        exponent += 1
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    exponent -= magnitude < Fraction(2) ** exponent  # now 2**exponent <= magnitude < 2**(exponent + 1)
+    exponent = max(exponent, 1 - bias)
     steps = magnitude / Fraction(2) ** (exponent - mantissa_bits)
     whole, rest = divmod(steps.numerator, steps.denominator)
     whole += 2 * rest > steps.denominator or (2 * rest == steps.denominator and whole % 2 == 1)
@@ -167,10 +167,8 @@ def test_the_check_knows_the_numbers() -> None:
         for code, (exponent_bits, mantissa_bits) in (("f", (8, 23)), ("e", (5, 10))):
             if code == "e" and abs(value) > 65504:
                 continue
-            word = int.from_bytes(struct.pack(f"<{code}", value), "little")
+            packed = struct.pack(f"<{code}", value)
+            word = int.from_bytes(packed, "little")
             sign = 1 << (exponent_bits + mantissa_bits)
             assert rounded(Fraction(value), exponent_bits, mantissa_bits) == word & (sign - 1)
-            assert (
-                decoded(word, exponent_bits, mantissa_bits)
-                == struct.unpack(f"<{code}", struct.pack(f"<{code}", value))[0]
-            )
+            assert decoded(word, exponent_bits, mantissa_bits) == struct.unpack(f"<{code}", packed)[0]

@@ -21,10 +21,10 @@ Tensor to_bytes(const Handle& handle) {
 template <typename Handle>
 std::vector<Handle> from_bytes(const Tensor& bytes, int world) {
   const size_t expected = world * sizeof(Handle);
-  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected && bytes.is_contiguous(), "init: got ", describe(bytes),
-            " as handles; expected ", expected, " bytes in a row");
+  SGL_CHECK(static_cast<size_t>(bytes.numel()) == expected, "init: got ", describe(bytes), " as handles; expected ",
+            expected, " bytes");
   std::vector<Handle> handles(world);
-  std::memcpy(static_cast<void*>(handles.data()), bytes.const_data_ptr(), expected);
+  std::memcpy(static_cast<void*>(handles.data()), row_major(bytes).const_data_ptr(), expected);
   return handles;
 }
 

@@ -47,7 +47,7 @@ class PeerProcesses {
     if (process.pid == 0) return true;
     if (process.fd < 0) return alive_by_pid(process.pid);
     pollfd exited{process.fd, POLLIN, 0};
-    return poll(&exited, 1, 0) == 0;
+    return poll(&exited, 1, 0) <= 0;  // a signal, too, is no death
   }
 
  private:

@@ -1,5 +1,5 @@
-// Group name -> what serves it. One registry a library (the CPU's and CUDA's are apart); a name is known from open()
-// to close(), and closed names are remembered so that the error can say so.
+// Group name -> what serves it. One registry a library (the CPU's and CUDA's are apart). A name is known from open() to
+// close(), serves calls from settle() on, and is remembered when closed so that the error can say so.
 #pragma once
 
 #include <pthread.h>
@@ -7,11 +7,13 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 
@@ -20,8 +22,6 @@ namespace sgl_comm {
 // Counts forks: 0 in the process that loaded the library, one more in each forked child.
 inline std::atomic<int>& fork_depth() {
   static std::atomic<int> depth{0};
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++fork_depth(); });
-  (void)registered;
   return depth;
 }
 
@@ -33,6 +33,7 @@ struct Group {
   int world = 1;
   int fork_depth = 0;
   std::unique_ptr<Communicator> communicator;
+  std::atomic<bool> settled{false};  // the communicator stays as it is from here on
 };
 
 template <typename Communicator>
@@ -40,12 +41,32 @@ class Registry {
  public:
   using GroupPtr = std::shared_ptr<Group<Communicator>>;
 
+  // The library's one registry. Never destroyed: threads may still call at exit. Its lock is never held over a fork.
+  static Registry& instance() {
+    static Registry* const registry = [] {
+      pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                     [] {
+                       new (&instance().mutex_) std::shared_mutex;  // the child's thread is not the one that locked it
+                       ++sgl_comm::fork_depth();
+                     });
+      return new Registry;
+    }();
+    return *registry;
+  }
+
+  // A name of the parent's may be opened anew in a forked child.
   void open(const std::string& name, int rank, int world) {
     auto group = std::make_shared<Group<Communicator>>();
-    *group = {name, rank, world, fork_depth().load(), nullptr};
+    group->name = name;
+    group->rank = rank;
+    group->world = world;
+    group->fork_depth = fork_depth().load();
     std::unique_lock lock(mutex_);
-    const auto [place, added] = groups_.try_emplace(name, std::move(group));
-    SGL_CHECK(added, "init: group '", name, "' already has a communicator; close() it first");
+    GroupPtr& place = groups_[name];
+    SGL_CHECK(place == nullptr || place->fork_depth != group->fork_depth, "init: group '", name,
+              "' already has a communicator; close() it first");
+    if (place != nullptr) inherited_.push_back(std::move(place));
+    place = std::move(group);
     closed_.erase(name);
   }
 
@@ -60,7 +81,15 @@ class Registry {
     return group;
   }
 
+  // For calls: only a settled group.
   GroupPtr find(const char* op, const std::string& name) const {
+    GroupPtr group = find_open(op, name);
+    SGL_CHECK(group->settled.load(std::memory_order_acquire), op, ": group '", name, "' is still being initialised");
+    return group;
+  }
+
+  // For set-up: settled or not.
+  GroupPtr find_open(const char* op, const std::string& name) const {
     std::shared_lock lock(mutex_);
     const auto place = groups_.find(name);
     if (__builtin_expect(place == groups_.end(), 0)) refuse(op, name);
@@ -81,6 +110,7 @@ class Registry {
   mutable std::shared_mutex mutex_;
   std::unordered_map<std::string, GroupPtr> groups_;
   std::unordered_set<std::string> closed_;
+  std::vector<GroupPtr> inherited_;  // of a forked child's parent: never destroyed here
 };
 
 }  // namespace sgl_comm

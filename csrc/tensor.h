@@ -25,8 +25,15 @@ inline std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
+inline void check_strided(const char* op, const Tensor& tensor) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  SGL_CHECK(layout == aoti_torch_layout_strided(), op, ": got a tensor without strides (sparse, or another layout);",
+            " expected a strided one");
+}
+
 // A new tensor of `like`'s shape, dtype and device, uninitialised and row-major.
-inline Tensor empty_row_major(const Tensor& like) {
+inline Tensor empty_row_major(const char* op, const Tensor& like) {
   const int64_t dim = like.dim();
   int64_t* sizes = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
@@ -44,13 +51,14 @@ inline Tensor empty_row_major(const Tensor& like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out));
+  SGL_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out) == AOTI_TORCH_SUCCESS,
+            op, ": no memory for a result like the input, ", describe(like), "; torch has logged the cause");
   return Tensor(out);
 }
 
 // A new row-major tensor of the same values.
-inline Tensor fresh_row_major(const Tensor& tensor) {
-  Tensor out = empty_row_major(tensor);
+inline Tensor fresh_row_major(const char* op, const Tensor& tensor) {
+  Tensor out = empty_row_major(op, tensor);
   torch::stable::copy_(out, tensor);
   return out;
 }

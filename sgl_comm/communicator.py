@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sgl_comm import _library
 from sgl_comm import ops as sgl_ops
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
 from sgl_comm.errors import SglCommError
@@ -17,6 +18,8 @@ from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
 
 logger = logging.getLogger(__name__)
+
+_ops = torch.ops.sgl_comm
 
 _live: dict[str, Communicator] = {}
 """Group name -> the open communicator of it."""
@@ -54,24 +57,28 @@ class Communicator:
         device: torch.device | str | int | None = None,
         max_size: int | None = None,
     ) -> None:
-        link = Rendezvous.of(group)
+        link = Rendezvous.of(group, device if isinstance(device, torch.device) else None)
         self.group_name: str = link.name
         self.rank: int = link.rank
         self.world_size: int = link.world
         self.device, problem = _device_of(link, device)
         link.refuse_together(problem)
+        link.must_be_alike("devices", self.device.type)
         _forget_dead_group(link)
         self._group = weakref.ref(link.group)
         self._fallback = link.backend
         self._closed = False
-        self._shm = ShmAllReduce(link.group)
+        self._shm = ShmAllReduce(link.group, self.device)
         self._v2: CustomAllReduceV2 | None = None
-        if self.device.type == "cuda":
-            try:
+        try:
+            if self.device.type == "cuda":
                 self._v2 = CustomAllReduceV2(link.group, self.device, max_size)
-            except BaseException:
-                self._shm.close()
-                raise
+            elif not _library.cuda_missing:  # a CUDA tensor takes the fallback
+                _ops._cuda_group_open(link.name, link.rank, link.world)
+                _ops._v2_settle(link.name, False)
+        except BaseException:
+            self._shm.close()
+            raise
         _live[link.name] = self
         logger.log(logging.INFO if not self.reason else logging.WARNING, "%s", self)
 
@@ -114,7 +121,11 @@ class Communicator:
             raise SglCommError(f"check: rank {self.rank} of group {self.group_name!r}: {fault}")
 
     def close(self) -> None:
-        """Gives up the group's name and memory; safe to call twice, and after a failure. Waits for no collective."""
+        """Gives up the group's name and memory; safe to call twice, and after a failure. Waits for no collective.
+
+        On CUDA it waits for this rank's kernels. A CUDA graph that holds the communicator's calls must not be replayed
+        afterwards.
+        """
         if self._closed:
             return
         self._closed = True
@@ -122,6 +133,8 @@ class Communicator:
             del _live[self.group_name]
         if self._v2 is not None:
             self._v2.close()
+        elif not _library.cuda_missing:
+            _ops._cuda_group_close(self.group_name)
         self._shm.close()
 
     def __enter__(self) -> Communicator:

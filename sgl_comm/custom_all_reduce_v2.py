@@ -46,14 +46,18 @@ class CustomAllReduceV2:
     def __init__(
         self, group: ProcessGroup | None, device: torch.device | str | int, max_size: int | None = None
     ) -> None:
-        link = Rendezvous.of(group)
-        self.group_name = link.name
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        link = Rendezvous.of(group, self.device)
+        self.group_name = link.name
         self._registered = False
         problem = _bad_max_size(max_size) or self._try_to_open(link)
         try:
             link.refuse_together(problem)
             self.reason = link.agree(_library.cuda_missing) or self._set_up(link, max_size)
+            if self._registered and (self.reason or link.world == 1):
+                _ops._v2_settle(link.name, False)
         except BaseException:
             self.close()
             raise
@@ -76,9 +80,10 @@ class CustomAllReduceV2:
             return reason
         if link.world == 1:
             return ""
-        mine = _ops._v2_publish(link.name, self.device.index or 0, max_size or 0, envs.timeout_seconds())
+        mine = _ops._v2_publish(link.name, self.device.index, max_size or 0, envs.timeout_seconds())
         reason = link.agree(_ops._v2_attach(link.name, link.all_gather(mine)))
-        _ops._v2_settle(link.name, not reason)
+        if not reason:
+            _ops._v2_settle(link.name, True)
         return reason
 
     def should_custom_ar(self, input: Tensor) -> bool:
@@ -99,6 +104,10 @@ class CustomAllReduceV2:
         return _ops._v2_fault(self.group_name) if self._registered else ""
 
     def close(self) -> None:
-        """Waits for this rank's kernels and gives the workspace up; a peer that still calls gets an error in time."""
+        """Waits for this rank's kernels and gives the workspace up; a peer that still calls gets an error in time.
+
+        A CUDA graph that holds calls of this communicator must not be replayed afterwards: its memory is gone.
+        """
         if self._registered:
+            self._registered = False
             _ops._cuda_group_close(self.group_name)

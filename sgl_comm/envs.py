@@ -32,7 +32,8 @@ TIMEOUT = EnvVar(
 CPU_INSTRUCTIONS = EnvVar(
     "SGL_COMM_CPU_INSTRUCTIONS",
     "",
-    "avx512, avx2, neon or scalar: use no better instructions than these on the CPU. Read at the first sum.",
+    "avx512, avx2, neon or scalar: use no better instructions than these on the CPU. Read at the first sum; an"
+    " unknown word means scalar.",
 )
 BUILD_CUDA = EnvVar(
     "SGL_COMM_BUILD_CUDA",

@@ -16,10 +16,12 @@ _ops = torch.ops.sgl_comm
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Turns a ``RuntimeError`` of ``torch.ops`` into ``SglCommError``, with the same text."""
+    """Turns a ``RuntimeError`` of ``torch.ops`` into ``SglCommError``, with the same text; other types pass."""
     try:
         yield
     except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
         raise SglCommError(str(error)) from None
 
 

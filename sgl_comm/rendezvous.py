@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from sgl_comm.errors import SglCommError
 
-_REASON_BYTES = 512
+_TEXT_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Rendezvous:
     name: str
     rank: int
     world: int
+    device: torch.device
+    """Where a group without a CPU backend wants its tensors."""
 
     @staticmethod
-    def of(group: ProcessGroup | None) -> Rendezvous:
-        """The given group, or the default one.
+    def of(group: ProcessGroup | None, device: torch.device | None = None) -> Rendezvous:
+        """The given group, or the default one; ``device`` is this rank's GPU, None for the current one.
 
         Raises:
             SglCommError: no default group, or a group that this process is not in.
@@ -39,7 +41,12 @@ class Rendezvous:
             group = dist.group.WORLD
         if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
             raise SglCommError("init: got a group that this process is not in; expected a group of its own")
-        return Rendezvous(group, group.group_name, dist.get_rank(group), dist.get_world_size(group))
+        cpu = torch.device("cpu")
+        if cpu in getattr(group, "_device_types", [cpu]):
+            device = cpu
+        elif device is None or device.type == "cpu":
+            device = torch.device("cuda", torch.cuda.current_device())
+        return Rendezvous(group, group.group_name, dist.get_rank(group), dist.get_world_size(group), device)
 
     @property
     def backend(self) -> str:
@@ -50,10 +57,8 @@ class Rendezvous:
         """Every rank's 1-D uint8 tensor of one length, one after the other in rank order, on the CPU."""
         if self.world == 1:
             return mine
-        on_cpu = torch.device("cpu") in getattr(self.group, "_device_types", [torch.device("cpu")])
-        device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        pieces = [torch.empty_like(mine, device=device) for _ in range(self.world)]
-        dist.all_gather(pieces, mine.to(device), group=self.group)
+        pieces = [torch.empty_like(mine, device=self.device) for _ in range(self.world)]
+        dist.all_gather(pieces, mine.to(self.device), group=self.group)
         return torch.cat(pieces).cpu()
 
     def refuse_together(self, problem: str) -> None:
@@ -62,14 +67,18 @@ class Rendezvous:
         if said:
             raise SglCommError(f"init: {problem or said}")
 
+    def must_be_alike(self, what: str, text: str) -> None:
+        """Raises ``SglCommError`` on every rank if ``text`` differs between them; ``what`` names it in the error."""
+        theirs = self._texts(text)
+        if len(set(theirs)) > 1:
+            raise SglCommError(f"init: got {what} {', '.join(theirs)} on ranks 0 to {self.world - 1}; expected one")
+
     def agree(self, reason: str) -> str:
         """Tells all ranks why this one cannot go on ("" if it can). Returns the first rank's reason, alike on all."""
-        text = reason.encode()[:_REASON_BYTES]
-        mine = torch.zeros(_REASON_BYTES, dtype=torch.uint8)
-        if text:
-            mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        for rank, theirs in enumerate(self.all_gather(mine).view(self.world, -1)):
-            if theirs[0] != 0:
-                said = bytes(theirs.tolist()).rstrip(b"\0").decode(errors="replace")
-                return f"rank {rank}: {said}"
-        return ""
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(self._texts(reason)) if text), "")
+
+    def _texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        mine = torch.tensor(list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
+        rows = self.all_gather(mine).view(self.world, _TEXT_BYTES)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]

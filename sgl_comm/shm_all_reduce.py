@@ -34,7 +34,7 @@ class ShmAllReduce:
 
     Args:
         group: the ranks, or None for the default group. Making one is a collective call.
-        device: accepted for the protocol's sake; only "cpu" makes sense.
+        device: this rank's GPU if the group has no CPU backend; the CPU's tensors are what is served.
         max_size: accepted for the protocol's sake; every size is served.
 
     Raises:
@@ -44,8 +44,9 @@ class ShmAllReduce:
     def __init__(
         self, group: ProcessGroup | None, device: torch.device | str = "cpu", max_size: int | None = None
     ) -> None:
-        link = Rendezvous.of(group)
+        link = Rendezvous.of(group, torch.device(device))
         self.group_name = link.name
+        self._closed = False
         problem = _try_to_open(link)
         try:
             link.refuse_together(problem)
@@ -59,6 +60,7 @@ class ShmAllReduce:
     def _set_up(self, link: Rendezvous) -> str:
         """Makes and shares the segment. Returns why it cannot be used, the same on every rank; empty if it can."""
         if reason := why_not_world_size(link.world):
+            _ops._shm_settle(link.name, False)
             return reason
         handles = link.all_gather(_ops._shm_publish(link.name, envs.timeout_seconds()))
         reason = link.agree(_ops._shm_attach(link.name, handles))
@@ -84,4 +86,6 @@ class ShmAllReduce:
 
     def close(self) -> None:
         """Gives the group's name and memory up. Not collective; a peer that still calls gets an error at once."""
-        _ops._group_close(self.group_name)
+        if not self._closed:
+            self._closed = True
+            _ops._group_close(self.group_name)

@@ -111,7 +111,7 @@ def test_a_wrong_element_fails_the_run(
 
     @contextlib.contextmanager
     def ranks(_: object) -> Iterator[bench._Ranks]:
-        yield bench._Ranks(2, "cpu", True, lambda fn, *args: row if args else "shm")
+        yield bench._Ranks(2, "cpu", True, "not bound", lambda fn, *args: row if args else "shm")
 
     monkeypatch.setattr(bench, "_own_ranks", ranks)
     assert main(["bench", "--sizes", "1K"]) == status

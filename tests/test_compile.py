@@ -174,8 +174,9 @@ def use_fresh_cache(folder: str, ctx: RankContext) -> None:
 
 def calls_in(code: str, groups: Groups) -> list[int]:
     """Which groups the generated code calls, in its order."""
-    found = re.findall(r"= torch\.ops\.sgl_comm\.all_reduce_?\.default\([^']*'([^']*)'", code)
-    assert len(found) == len(re.findall(r"torch\.ops\.sgl_comm\.", code)), code
+    call = r"torch\.ops\.sgl_comm\.\w+\.default\("
+    found = re.findall(call + "[^']*'([^']*)'", code)
+    assert len(found) == len(re.findall(call, code)), code
     return [list(groups).index(name) for name in found]
 
 

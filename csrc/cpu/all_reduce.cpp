@@ -10,6 +10,7 @@
 #include "fallback.h"
 #include "inference_only.h"
 #include "tensor.h"
+#include "text.h"
 
 namespace sgl_comm::cpu {
 
@@ -67,8 +68,8 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
   }
 }
 
-void sum_over_ranks(ShmCommunicator& comm, const Message& message) {
-  const auto turn = comm.begin({Call::Kind::kAllReduce, message.dtype, message.count});
+void sum_over_ranks(const char* op, ShmCommunicator& comm, const Message& message) {
+  const auto turn = comm.begin(op, {Call::Kind::kAllReduce, message.dtype, message.count});
   const size_t size = size_of(message.dtype);
   if (comm.world() == 1) {
     if (message.out != message.in) std::memcpy(message.out, message.in, message.count * size);
@@ -86,31 +87,33 @@ bool shm_serves(const Groups::GroupPtr& group, const Tensor& input, const std::s
   return group->communicator != nullptr && reduce_op == "sum" && dtype_of(input.scalar_type()) != DType::kOther;
 }
 
-void run(ShmCommunicator& comm, const Tensor& in, Tensor& out) {
-  sum_over_ranks(comm, {dtype_of(in.scalar_type()), static_cast<const std::byte*>(in.const_data_ptr()),
-                        static_cast<std::byte*>(out.mutable_data_ptr()), static_cast<size_t>(in.numel())});
+void run(const char* op, ShmCommunicator& comm, const Tensor& in, Tensor& out) {
+  sum_over_ranks(op, comm,
+                 {dtype_of(in.scalar_type()), static_cast<const std::byte*>(in.const_data_ptr()),
+                  static_cast<std::byte*>(out.mutable_data_ptr()), static_cast<size_t>(in.numel())});
 }
 
 Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
                        const std::string& reduce_op) {
+  check_strided(op, input);
   check_inference_only(op, input);
   fallback::check_reduce_op(op, reduce_op);
   return groups().find(op, group_name);
 }
 
-Tensor all_reduce(const Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce", input, group_name, reduce_op);
   if (!shm_serves(group, input, reduce_op)) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
-  Tensor out = empty_row_major(input);
-  run(*group->communicator, row_major(input), out);
+  Tensor out = empty_row_major("all_reduce", input);
+  run("all_reduce", *group->communicator, row_major(input), out);
   return out;
 }
 
-void all_reduce_(Tensor input, const std::string& group_name, const std::string& reduce_op) {
+void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name, reduce_op);
   in_place("all_reduce_", input, [&](Tensor& x) {
     if (shm_serves(group, x, reduce_op)) {
-      run(*group->communicator, x, x);
+      run("all_reduce_", *group->communicator, x, x);
     } else {
       torch::stable::copy_(x, fallback::all_reduce("all_reduce_", x, group_name, reduce_op));
     }

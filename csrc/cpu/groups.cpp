@@ -7,42 +7,44 @@
 #include <utility>
 
 #include "handles.h"
+#include "text.h"
 
 namespace sgl_comm::cpu {
 
 namespace {
 
-void group_open(const std::string& name, int64_t rank, int64_t world) {
+void group_open(const Text& name, int64_t rank, int64_t world) {
   SGL_CHECK(world >= 1 && rank >= 0 && rank < world, "init: got rank ", rank, " of world ", world,
             "; expected 0 <= rank < world");
   groups().open(name, static_cast<int>(rank), static_cast<int>(world));
 }
 
-void group_close(const std::string& name) { groups().close(name); }
+void group_close(const Text& name) { groups().close(name); }
 
-Tensor shm_publish(const std::string& name, double timeout) {
-  const auto group = groups().find("init", name);
+Tensor shm_publish(const Text& name, double timeout) {
+  const auto group = groups().find_open("init", name);
   auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout);
   const SegmentHandle handle = communicator->publish();
   group->communicator = std::move(communicator);
   return to_bytes(handle);
 }
 
-std::string shm_attach(const std::string& name, const Tensor& bytes) {
-  const auto group = groups().find("init", name);
+std::string shm_attach(const Text& name, const Tensor& bytes) {
+  const auto group = groups().find_open("init", name);
   return group->communicator->attach(from_bytes<SegmentHandle>(bytes, group->world));
 }
 
-void shm_settle(const std::string& name, bool agreed) {
-  const auto group = groups().find("init", name);
+void shm_settle(const Text& name, bool agreed) {
+  const auto group = groups().find_open("init", name);
   if (agreed) {
     group->communicator->settle();
   } else {
     group->communicator.reset();
   }
+  group->settled.store(true, std::memory_order_release);
 }
 
-std::string shm_fault(const std::string& name) {
+std::string shm_fault(const Text& name) {
   const auto group = groups().find("check", name);
   return group->communicator ? group->communicator->fault() : "";
 }

@@ -8,9 +8,6 @@ namespace sgl_comm::cpu {
 
 using Groups = Registry<ShmCommunicator>;
 
-inline Groups& groups() {
-  static Groups* const all = new Groups;  // never destroyed: threads may still call at exit
-  return *all;
-}
+inline Groups& groups() { return Groups::instance(); }
 
 }  // namespace sgl_comm::cpu

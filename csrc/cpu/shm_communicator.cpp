@@ -52,8 +52,9 @@ std::string ShmCommunicator::attach(const std::vector<SegmentHandle>& handles) {
   return "";
 }
 
-std::unique_lock<std::mutex> ShmCommunicator::begin(const Call& call) {
+std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, const Call& call) {
   std::unique_lock lock(mutex_);
+  op_ = op;
   if (__builtin_expect(header_->fault.state.load(std::memory_order_acquire) != 0, 0)) refuse();
   call_ = call;
   ++sequence_;
@@ -132,7 +133,7 @@ void ShmCommunicator::give_up(FaultKind kind, int peer) {
 
 void ShmCommunicator::refuse() const {
   for (int look = 0; look < 1000 && header_->fault.state.load(std::memory_order_acquire) == 1; ++look) sched_yield();
-  fail("sgl_comm::all_reduce: rank ", rank_, " of group '", group_name_, "': ", fault());
+  fail("sgl_comm::", op_, ": rank ", rank_, " of group '", group_name_, "': ", fault());
 }
 
 std::string ShmCommunicator::fault() const {

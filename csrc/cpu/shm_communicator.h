@@ -53,7 +53,7 @@ class ShmCommunicator {
   int world() const { return world_; }
 
   // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
-  std::unique_lock<std::mutex> begin(const Call& call);
+  std::unique_lock<std::mutex> begin(const char* op, const Call& call);
   // A collective is one or more of: next_step, write slot(rank()), arrive, await_arrivals, read the slots; and where
   // the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
   void next_step() { ++step_; }
@@ -106,6 +106,7 @@ class ShmCommunicator {
   std::mutex mutex_;
   uint64_t step_ = 0;
   uint64_t sequence_ = 0;
+  const char* op_ = "";
   Call call_{};
 };
 

@@ -54,32 +54,26 @@ namespace sgl_comm {
 
 namespace {
 
-struct Instructions {
-  const char* name;
-  size_t (*sum)(DType, void* out, void* copy, const void* const* sources, int num_sources, size_t count);
-};
+using SumVectors = size_t (*)(DType, void* out, void* copy, const void* const* sources, int num_sources, size_t count);
 
-// The best that this machine has, or the one that SGL_COMM_CPU_INSTRUCTIONS names if the machine has it.
-Instructions choose_instructions() {
-  const char* wish = std::getenv("SGL_COMM_CPU_INSTRUCTIONS");
-  const auto allowed = [&](const char* name) { return wish == nullptr || *wish == '\0' || std::string(wish) == name; };
+// The best that this machine has and SGL_COMM_CPU_INSTRUCTIONS allows: what it names, or less.
+SumVectors choose_instructions() {
+  const char* text = std::getenv("SGL_COMM_CPU_INSTRUCTIONS");
+  const std::string limit = text != nullptr ? text : "";
+  bool allowed = limit.empty();
+  const auto take = [&](const char* name) { return allowed = allowed || limit == name; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (take("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::sum_vectors};
+    return avx512::sum_vectors;
   }
   // f16c came before avx2 in every processor that has both.
-  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", avx2::sum_vectors};
+  if (take("avx2") && __builtin_cpu_supports("avx2")) return avx2::sum_vectors;
 #elif defined(__aarch64__)
-  if (allowed("neon")) return {"neon", neon::sum_vectors};
+  if (take("neon")) return neon::sum_vectors;
 #endif
-  return {"scalar", scalar::sum_vectors};
-}
-
-const Instructions& instructions() {
-  static const Instructions chosen = choose_instructions();
-  return chosen;
+  return scalar::sum_vectors;
 }
 
 // Round to nearest even and keep subnormals, whatever the thread was told (torch.set_flush_denormal).
@@ -116,7 +110,8 @@ class DefaultFloatingPoint {
 
 void sum_in_order(DType dtype, void* out, void* copy, const void* const* sources, int num_sources, size_t count) {
   const DefaultFloatingPoint guard;
-  const size_t done = instructions().sum(dtype, out, copy, sources, num_sources, count);
+  static const SumVectors sum = choose_instructions();
+  const size_t done = sum(dtype, out, copy, sources, num_sources, count);
   if (done == count) return;
   const auto rest = [&](auto* p) { return p + done * size_of(dtype); };
   const void* ends[kMaxWorld];
@@ -124,7 +119,5 @@ void sum_in_order(DType dtype, void* out, void* copy, const void* const* sources
   void* copy_end = copy != nullptr ? rest(static_cast<char*>(copy)) : nullptr;
   scalar::sum_vectors(dtype, rest(static_cast<char*>(out)), copy_end, ends, num_sources, count - done);
 }
-
-const char* sum_instructions() { return instructions().name; }
 
 }  // namespace sgl_comm

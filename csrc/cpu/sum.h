@@ -14,7 +14,4 @@ namespace sgl_comm {
 // kMaxWorld sources.
 void sum_in_order(DType dtype, void* out, void* copy, const void* const* sources, int num_sources, size_t count);
 
-// Which instructions it uses: "avx512", "avx2", "neon" or "scalar".
-const char* sum_instructions();
-
 }  // namespace sgl_comm

@@ -16,6 +16,7 @@
 #include "inference_only.h"
 #include "policy.h"
 #include "tensor.h"
+#include "text.h"
 
 namespace sgl_comm::cuda {
 
@@ -160,7 +161,8 @@ Shape shape_for(Algorithm algorithm, int64_t num_packs, int64_t slot_bytes, cons
     const int64_t limit = std::min<int64_t>(limits.blocks[Residency::kRing512], slot_bytes / kRingBytes);
     return {blocks((num_packs + kTilePacks - 1) / kTilePacks, limit), kRingThreads};
   }
-  // Up to 16 KiB few blocks are best, to 256 KiB many small ones, above that large ones again (measured, docs).
+  // Up to 16 KiB few blocks are best, to 256 KiB many small ones, above that large ones again
+  // (benchmarks/bench_all_reduce.py).
   constexpr int64_t kFewBlocksPacks = 1 << 10, kManyBlocksPacks = 16 << 10;
   if (num_packs <= kMaxThreads) return {1, static_cast<unsigned>((num_packs + 31) / 32 * 32)};
   if (num_packs > kFewBlocksPacks && num_packs <= kManyBlocksPacks &&
@@ -170,7 +172,8 @@ Shape shape_for(Algorithm algorithm, int64_t num_packs, int64_t slot_bytes, cons
   return {blocks((num_packs + kMaxThreads - 1) / kMaxThreads, limits.blocks[Residency::kOneShot512]), kMaxThreads};
 }
 
-void launch(const CommunicatorV2& comm, Algorithm algorithm, DType dtype, const Message& message, cudaStream_t stream) {
+void launch(const char* op, const CommunicatorV2& comm, Algorithm algorithm, DType dtype, const Message& message,
+            cudaStream_t stream) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kPackBytes == 0; };
   const bool whole = aligned(message.in) && aligned(message.out) && message.count * size_of(dtype) % kPackBytes == 0;
   const Shape shape = shape_for(algorithm, message.num_packs, message.group.slot_bytes, comm.limits());
@@ -183,7 +186,7 @@ void launch(const CommunicatorV2& comm, Algorithm algorithm, DType dtype, const 
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = comm.dependent_launch() ? 1 : 0;
-  SGL_CUDA_CHECK("all_reduce", cudaLaunchKernelEx(&config, kernel_for(algorithm, dtype, comm.world(), whole), message));
+  SGL_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel_for(algorithm, dtype, comm.world(), whole), message));
 }
 
 // Sums `in` over the ranks into `out`, on the current stream of the tensors' device.
@@ -201,10 +204,11 @@ void sum_over_ranks(const char* op, const CommunicatorV2& comm, const Tensor& in
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(comm.device(), &stream));
   const Message message{comm.view(), in.const_data_ptr(), out.mutable_data_ptr(), count,
                         (bytes + kPackBytes - 1) / kPackBytes};
-  launch(comm, algorithm, dtype, message, static_cast<cudaStream_t>(stream));
+  launch(op, comm, algorithm, dtype, message, static_cast<cudaStream_t>(stream));
 }
 
 Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name) {
+  check_strided(op, input);
   check_inference_only(op, input);
   return groups().find(op, group_name);
 }
@@ -213,17 +217,17 @@ bool v2_serves(const Groups::GroupPtr& group, const Tensor& input, const std::st
   return group->communicator != nullptr && reduce_op == "sum" && dtype_of(input.scalar_type()) != DType::kOther;
 }
 
-Tensor all_reduce(const Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce", input, group_name);
   fallback::check_reduce_op("all_reduce", reduce_op);
-  if (group->world == 1) return fresh_row_major(input);
+  if (group->world == 1) return fresh_row_major("all_reduce", input);
   if (!v2_serves(group, input, reduce_op)) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
-  Tensor out = empty_row_major(input);
+  Tensor out = empty_row_major("all_reduce", input);
   sum_over_ranks("all_reduce", *group->communicator, row_major(input), out, "auto");
   return out;
 }
 
-void all_reduce_(Tensor input, const std::string& group_name, const std::string& reduce_op) {
+void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name);
   fallback::check_reduce_op("all_reduce_", reduce_op);
   in_place("all_reduce_", input, [&](Tensor& x) {
@@ -236,14 +240,14 @@ void all_reduce_(Tensor input, const std::string& group_name, const std::string&
   });
 }
 
-Tensor custom_all_reduce_v2(const Tensor& input, const std::string& group_name, const std::string& algo) {
+Tensor custom_all_reduce_v2(const Tensor& input, const Text& group_name, const Text& algo) {
   const auto group = check("custom_all_reduce_v2", input, group_name);
   SGL_CHECK(dtype_of(input.scalar_type()) != DType::kOther, "custom_all_reduce_v2: got ", describe(input),
             "; expected float32, bfloat16 or float16 (sgl_comm::all_reduce takes every dtype)");
-  if (group->world == 1) return fresh_row_major(input);
+  if (group->world == 1) return fresh_row_major("custom_all_reduce_v2", input);
   SGL_CHECK(group->communicator != nullptr, "custom_all_reduce_v2: the push kernels do not serve group '", group_name,
             "' (its Communicator's `reason` says why); sgl_comm::all_reduce does");
-  Tensor out = empty_row_major(input);
+  Tensor out = empty_row_major("custom_all_reduce_v2", input);
   sum_over_ranks("custom_all_reduce_v2", *group->communicator, row_major(input), out, algo);
   return out;
 }
@@ -254,11 +258,14 @@ Residency load_all_reduce_kernels(int world) {
   int device = 0, processors = 0;
   SGL_CUDA_CHECK("init", cudaGetDevice(&device));
   SGL_CUDA_CHECK("init", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  Residency fewest{{INT_MAX, INT_MAX, INT_MAX}};
+  Residency fewest{{INT_MAX, INT_MAX, INT_MAX}, true};
   const auto count = [&](Residency::Kind kind, Kernel kernel, int threads) {
     int blocks = 0;  // of one multiprocessor; asking is what loads the kernel
     SGL_CUDA_CHECK("init", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
     fewest.blocks[kind] = std::min(fewest.blocks[kind], blocks * processors);
+    cudaFuncAttributes attributes{};
+    SGL_CUDA_CHECK("init", cudaFuncGetAttributes(&attributes, kernel));
+    fewest.dependent_launch &= attributes.ptxVersion >= 90;
   };
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const bool whole : {true, false}) {

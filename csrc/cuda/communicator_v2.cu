@@ -35,6 +35,11 @@ CommunicatorV2::CommunicatorV2(std::string group_name, int rank, int world, int 
 }
 
 CommunicatorV2::~CommunicatorV2() {
+  int previous = 0;
+  cudaGetDevice(&previous);
+  cudaSetDevice(device_);
+  cudaDeviceSynchronize();  // every kernel that touches a workspace ends: by its deadline, or when a peer's death is
+                            // seen
   if (watcher_.joinable()) {
     {
       std::lock_guard lock(watcher_mutex_);
@@ -43,23 +48,19 @@ CommunicatorV2::~CommunicatorV2() {
     watcher_wake_.notify_all();
     watcher_.join();
   }
-  int previous = 0;
-  cudaGetDevice(&previous);
-  cudaSetDevice(device_);
-  cudaDeviceSynchronize();  // every kernel that touches a workspace ends, by its deadline if not before
   peers_.clear();
   if (segment_->attached()) peer_states()[rank_].unmapped.store(1, std::memory_order_release);
   {
     std::lock_guard lock(retired_mutex_);
-    retired_.push_back({std::move(workspace_), segment_, world_, device_});
+    retired_.push_back({std::move(workspace_), segment_, world_, told_});
   }
   free_retired(peers_elsewhere_);
   if (fault_ != nullptr) cudaFreeHost(fault_);
   cudaSetDevice(previous);
 }
 
-bool CommunicatorV2::Retired::free() const {
-  if (!segment->attached()) return true;  // no peer was ever told of it
+bool CommunicatorV2::Retired::may_be_freed() const {
+  if (!segment->attached()) return !told;  // a peer may have opened it, and could not tell
   const PeerState* states = reinterpret_cast<const PeerState*>(segment->data());
   for (int r = 0; r < world; ++r) {
     if (states[r].unmapped.load(std::memory_order_acquire) == 0 && segment->peers().alive(r)) return false;
@@ -73,7 +74,8 @@ void CommunicatorV2::free_retired(bool wait) {
   for (;;) {
     {
       std::lock_guard lock(retired_mutex_);
-      const auto kept = std::remove_if(retired_.begin(), retired_.end(), [](const Retired& r) { return r.free(); });
+      const auto kept =
+          std::remove_if(retired_.begin(), retired_.end(), [](const Retired& r) { return r.may_be_freed(); });
       retired_.erase(kept, retired_.end());
       if (retired_.empty()) return;
     }
@@ -93,7 +95,6 @@ HandleV2 CommunicatorV2::publish() {
   SGL_CUDA_CHECK("init", cudaGetDeviceProperties(&properties, device_));
   handle.device = properties.uuid;
   handle.compute_capability = properties.major * 10 + properties.minor;
-  dependent_launch_ = properties.major >= 9;
   void* pinned = nullptr;
   SGL_CUDA_CHECK("init", cudaHostAlloc(&pinned, 4096, cudaHostAllocMapped | cudaHostAllocPortable));
   std::memset(pinned, 0, 4096);
@@ -105,6 +106,7 @@ HandleV2 CommunicatorV2::publish() {
 }
 
 std::string CommunicatorV2::attach(const std::vector<HandleV2>& handles) {
+  told_ = true;
   std::vector<SegmentHandle> segments;
   for (const HandleV2& handle : handles) {
     if (handle.failure[0] != 0) return "rank " + std::to_string(segments.size()) + ": " + handle.failure;

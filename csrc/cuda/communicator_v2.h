@@ -24,6 +24,7 @@ struct Residency {
   static constexpr int kKinds = 3;
   enum Kind { kOneShot128, kOneShot512, kRing512 };  // kernel and threads a block
   int blocks[kKinds] = {};
+  bool dependent_launch = false;  // the kernels that this device runs were compiled to wait for the one before
 };
 
 // What a rank tells the others at init, as bytes over their own group.
@@ -54,7 +55,7 @@ class CommunicatorV2 {
 
   int world() const { return world_; }
   int device() const { return device_; }
-  bool dependent_launch() const { return dependent_launch_; }
+  bool dependent_launch() const { return residency_.dependent_launch; }
   const device::GroupView& view() const { return view_; }
   // The most blocks a launch may have, the same on every rank: with them, two launches of every rank that shares a
   // device are on it at once.
@@ -75,8 +76,9 @@ class CommunicatorV2 {
   struct Retired {
     std::unique_ptr<Workspace> workspace;
     std::shared_ptr<GroupSegment> segment;
-    int world, device;
-    bool free() const;
+    int world;
+    bool told;  // its handle has gone to the peers
+    bool may_be_freed() const;
   };
 
   PeerState* peer_states() const { return reinterpret_cast<PeerState*>(segment_->data()); }
@@ -91,7 +93,6 @@ class CommunicatorV2 {
   const double timeout_seconds_;
   const Residency residency_;
   Residency limits_;
-  bool dependent_launch_ = false;
   std::shared_ptr<GroupSegment> segment_ = std::make_shared<GroupSegment>();
   std::unique_ptr<Workspace> workspace_;
   std::vector<PeerWorkspace> peers_;
@@ -103,6 +104,7 @@ class CommunicatorV2 {
   std::condition_variable watcher_wake_;
   bool closing_ = false;
   bool peers_elsewhere_ = false;  // in other processes
+  bool told_ = false;
 
   static std::mutex retired_mutex_;
   static std::vector<Retired> retired_;

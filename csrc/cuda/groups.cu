@@ -10,20 +10,21 @@
 #include "cuda/cuda_check.h"
 #include "cuda/groups.h"
 #include "handles.h"
+#include "text.h"
 
 namespace sgl_comm::cuda {
 
 namespace {
 
-void group_open(const std::string& name, int64_t rank, int64_t world) {
+void group_open(const Text& name, int64_t rank, int64_t world) {
   groups().open(name, static_cast<int>(rank), static_cast<int>(world));
 }
 
-void group_close(const std::string& name) { groups().close(name); }
+void group_close(const Text& name) { groups().close(name); }
 
 // A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
-Tensor v2_publish(const std::string& name, int64_t device, int64_t max_size, double timeout) {
-  const auto group = groups().find("init", name);
+Tensor v2_publish(const Text& name, int64_t device, int64_t max_size, double timeout) {
+  const auto group = groups().find_open("init", name);
   HandleV2 handle{};
   try {
     const DeviceScope scope(static_cast<int>(device));
@@ -39,23 +40,24 @@ Tensor v2_publish(const std::string& name, int64_t device, int64_t max_size, dou
   return to_bytes(handle);
 }
 
-std::string v2_attach(const std::string& name, const Tensor& bytes) {
-  const auto group = groups().find("init", name);
+std::string v2_attach(const Text& name, const Tensor& bytes) {
+  const auto group = groups().find_open("init", name);
   const auto handles = from_bytes<HandleV2>(bytes, group->world);
   if (group->communicator) return group->communicator->attach(handles);
   return handles[group->rank].failure;
 }
 
-void v2_settle(const std::string& name, bool agreed) {
-  const auto group = groups().find("init", name);
+void v2_settle(const Text& name, bool agreed) {
+  const auto group = groups().find_open("init", name);
   if (agreed) {
     group->communicator->settle();
   } else {
     group->communicator.reset();
   }
+  group->settled.store(true, std::memory_order_release);
 }
 
-std::string v2_fault(const std::string& name) {
+std::string v2_fault(const Text& name) {
   const auto group = groups().find("check", name);
   return group->communicator ? group->communicator->fault() : "";
 }

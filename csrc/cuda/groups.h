@@ -8,9 +8,6 @@ namespace sgl_comm::cuda {
 
 using Groups = Registry<CommunicatorV2>;
 
-inline Groups& groups() {
-  static Groups* const all = new Groups;  // never destroyed: threads may still call at exit
-  return *all;
-}
+inline Groups& groups() { return Groups::instance(); }
 
 }  // namespace sgl_comm::cuda

@@ -28,7 +28,6 @@ WorkspaceHandle Workspace::handle() const {
   WorkspaceHandle handle{};
   SGL_CUDA_CHECK("init", cudaIpcGetMemHandle(&handle.ipc, data_));
   handle.address = data_;
-  handle.bytes = bytes_;
   return handle;
 }
 

@@ -12,7 +12,6 @@ namespace sgl_comm::cuda {
 struct WorkspaceHandle {
   cudaIpcMemHandle_t ipc;
   void* address;  // means something in the owner's process alone
-  uint64_t bytes;
 };
 
 // The rank's own workspace. Freed by the destructor; the owner sees to it that no peer has it open then.
@@ -26,7 +25,6 @@ class Workspace {
 
   uint8_t* data() const { return data_; }
   WorkspaceHandle handle() const;
-  void leak() { data_ = nullptr; }
 
  private:
   uint8_t* data_ = nullptr;

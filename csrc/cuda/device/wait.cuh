@@ -29,7 +29,7 @@ __device__ __forceinline__ void advance_epoch(const GroupView& group) {
   }
 }
 
-// Marks the group as failed: here, at every peer, and in the host's memory. The first code written anywhere stays.
+// Marks the group as failed: here, at every peer, and in the host's memory.
 // Inlined like all of the kernels' code: a call, though never made, would give them a stack, which costs 0.25 us.
 __device__ __forceinline__ void fail_group(const GroupView& group, int world, int missing, uint32_t op,
                                            unsigned long long epoch) {

@@ -244,7 +244,10 @@ Tensor custom_all_reduce_v2(const Tensor& input, const Text& group_name, const T
   const auto group = check("custom_all_reduce_v2", input, group_name);
   SGL_CHECK(dtype_of(input.scalar_type()) != DType::kOther, "custom_all_reduce_v2: got ", describe(input),
             "; expected float32, bfloat16 or float16 (sgl_comm::all_reduce takes every dtype)");
-  if (group->world == 1) return fresh_row_major("custom_all_reduce_v2", input);
+  if (group->world == 1) {
+    choose("custom_all_reduce_v2", algo, 0, 0);  // refuses an unknown name, as at any other world size
+    return fresh_row_major("custom_all_reduce_v2", input);
+  }
   SGL_CHECK(group->communicator != nullptr, "custom_all_reduce_v2: the push kernels do not serve group '", group_name,
             "' (its Communicator's `reason` says why); sgl_comm::all_reduce does");
   Tensor out = empty_row_major("custom_all_reduce_v2", input);

@@ -30,7 +30,7 @@ def _try_to_open(link: Rendezvous) -> str:
 class ShmAllReduce:
     """Owns a group's place in the CPU registry and, where all ranks share a host, its shared-memory segment.
 
-    The segment is anonymous: (2 * world + 1) slots of 256 KiB, whatever the size of the messages.
+    The segment is anonymous: (2 * world + 2) slots of 256 KiB, whatever the size of the messages.
 
     Args:
         group: the ranks, or None for the default group. Making one is a collective call.

@@ -27,14 +27,13 @@ struct Message {
   size_t count;
 };
 
-// Sums elements [first, first + count) of the step's slots into `out` and, if not null, `copy`, each where element
-// `first` goes. This rank's own come from the caller's memory.
-void sum_slots(const ShmCommunicator& comm, const Message& message, size_t first, size_t count, std::byte* out,
-               std::byte* copy) {
+// Sums elements [first, first + count) of the step's slots into `out`, which is where element `first` goes. This rank's
+// own come from the caller's memory.
+void sum_slots(const ShmCommunicator& comm, const Message& message, size_t first, size_t count, std::byte* out) {
   const void* sources[kMaxWorld];
   const size_t offset = first * size_of(message.dtype);
   for (int r = 0; r < comm.world(); ++r) sources[r] = (r == comm.rank() ? message.in : comm.slot(r)) + offset;
-  sum_in_order(message.dtype, out, copy, sources, comm.world(), count);
+  sum_in_order(message.dtype, out, sources, comm.world(), count);
 }
 
 void direct(ShmCommunicator& comm, const Message& message) {
@@ -42,7 +41,7 @@ void direct(ShmCommunicator& comm, const Message& message) {
   std::memcpy(comm.slot(comm.rank()), message.in, message.count * size_of(message.dtype));
   comm.arrive();
   comm.await_arrivals();
-  sum_slots(comm, message, 0, message.count, message.out, nullptr);
+  sum_slots(comm, message, 0, message.count, message.out);
 }
 
 // One chunk, at most a slot large. Rank r sums the elements from part(r) to part(r + 1) and all copy out the sums.
@@ -59,8 +58,9 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
   std::memcpy(slot + end, message.in + end, bytes - end);
   comm.arrive();
   comm.await_arrivals();
-  sum_slots(comm, message, begin / size, (end - begin) / size, comm.sums() + begin, message.out + begin);
-  comm.announce_sum();
+  sum_slots(comm, message, begin / size, (end - begin) / size, comm.sums() + begin);
+  comm.announce_sum();  // before the copy of one's own part, so that the peers can begin theirs
+  std::memcpy(message.out + begin, comm.sums() + begin, end - begin);
   for (int peer = 0; peer < comm.world(); ++peer) {
     if (peer == comm.rank()) continue;
     comm.await_sum(peer);

@@ -39,7 +39,7 @@ ShmCommunicator::~ShmCommunicator() {
 }
 
 SegmentHandle ShmCommunicator::publish() {
-  return segment_.publish(rank_, world_, kHeaderBytes + (2 * world_ + 1) * kSlotBytes);
+  return segment_.publish(rank_, world_, kHeaderBytes + (2 * world_ + 2) * kSlotBytes);
 }
 
 std::string ShmCommunicator::attach(const std::vector<SegmentHandle>& handles) {

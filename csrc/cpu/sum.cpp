@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <type_traits>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers
@@ -54,7 +53,7 @@ namespace sgl_comm {
 
 namespace {
 
-using SumVectors = size_t (*)(DType, void* out, void* copy, const void* const* sources, int num_sources, size_t count);
+using SumVectors = size_t (*)(DType, void* out, const void* const* sources, int num_sources, size_t count);
 
 // The best that this machine has and SGL_COMM_CPU_INSTRUCTIONS allows: what it names, or less.
 SumVectors choose_instructions() {
@@ -108,16 +107,15 @@ class DefaultFloatingPoint {
 
 }  // namespace
 
-void sum_in_order(DType dtype, void* out, void* copy, const void* const* sources, int num_sources, size_t count) {
+void sum_in_order(DType dtype, void* out, const void* const* sources, int num_sources, size_t count) {
   const DefaultFloatingPoint guard;
   static const SumVectors sum = choose_instructions();
-  const size_t done = sum(dtype, out, copy, sources, num_sources, count);
+  const size_t done = sum(dtype, out, sources, num_sources, count);
   if (done == count) return;
   const auto rest = [&](auto* p) { return p + done * size_of(dtype); };
   const void* ends[kMaxWorld];
   for (int r = 0; r < num_sources; ++r) ends[r] = rest(static_cast<const char*>(sources[r]));
-  void* copy_end = copy != nullptr ? rest(static_cast<char*>(copy)) : nullptr;
-  scalar::sum_vectors(dtype, rest(static_cast<char*>(out)), copy_end, ends, num_sources, count - done);
+  scalar::sum_vectors(dtype, rest(static_cast<char*>(out)), ends, num_sources, count - done);
 }
 
 }  // namespace sgl_comm

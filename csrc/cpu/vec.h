@@ -178,34 +178,24 @@ struct Vec {
 };
 #endif
 
-// The sum of the first elements, as many as make whole vectors; returns how many. `copy` may be null.
+// The sum of the first elements, as many as make whole vectors; returns how many.
 template <DType dtype, int num_sources>
-size_t sum_whole_vectors(void* out, void* copy, const void* const* sources, size_t count) {
+size_t sum_whole_vectors(void* out, const void* const* sources, size_t count) {
   using V = Vec<dtype>;
   constexpr size_t kStep = V::kLanes * size_of(dtype);
   const size_t end = count / V::kLanes * kStep;
   const char* source[num_sources];
   for (int r = 0; r < num_sources; ++r) source[r] = static_cast<const char*>(sources[r]);
-  const auto loop = [&](auto with_copy) {
-    for (size_t byte = 0; byte < end; byte += kStep) {
-      typename V::Vector total = V::load(source[0] + byte);
-      for (int r = 1; r < num_sources; ++r) total = V::add(total, V::load(source[r] + byte));
-      V::store(static_cast<char*>(out) + byte, total);
-      if constexpr (with_copy.value) V::store(static_cast<char*>(copy) + byte, total);
-    }
-  };
-  if (copy != nullptr) {
-    loop(std::true_type{});
-  } else {
-    loop(std::false_type{});
+  for (size_t byte = 0; byte < end; byte += kStep) {
+    typename V::Vector total = V::load(source[0] + byte);
+    for (int r = 1; r < num_sources; ++r) total = V::add(total, V::load(source[r] + byte));
+    V::store(static_cast<char*>(out) + byte, total);
   }
   return end / size_of(dtype);
 }
 
-inline size_t sum_vectors(DType dtype, void* out, void* copy, const void* const* sources, int num_sources,
-                          size_t count) {
+inline size_t sum_vectors(DType dtype, void* out, const void* const* sources, int num_sources, size_t count) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(num_sources,
-                       [&](auto n) { return sum_whole_vectors<d.value, n.value>(out, copy, sources, count); });
+    return visit_world(num_sources, [&](auto n) { return sum_whole_vectors<d.value, n.value>(out, sources, count); });
   });
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -42,12 +41,15 @@ class PeerProcesses {
 
   int count() const { return static_cast<int>(processes_.size()); }
 
+  // False as soon as the process has begun to exit: with a GPU's driver to release, its end can take seconds.
   bool alive(int rank) const {
     const Process& process = processes_[rank];
     if (process.pid == 0) return true;
-    if (process.fd < 0) return alive_by_pid(process.pid);
-    pollfd exited{process.fd, POLLIN, 0};
-    return poll(&exited, 1, 0) <= 0;  // a signal, too, is no death
+    if (process.fd >= 0) {
+      pollfd exited{process.fd, POLLIN, 0};
+      if (poll(&exited, 1, 0) > 0) return false;  // a signal that interrupts, too, is no death
+    }
+    return !exiting(process.pid);
   }
 
  private:
@@ -56,18 +58,21 @@ class PeerProcesses {
     int fd = -1;
   };
 
-  // Without pidfds: a process that is gone, or dead and not yet reaped by its parent, is not alive.
-  static bool alive_by_pid(int32_t pid) {
-    if (kill(pid, 0) != 0 && errno == ESRCH) return false;
+  // Gone; or dead and not yet reaped by its parent; or on its way out, by the kernel's flags of the task.
+  static bool exiting(int32_t pid) {
+    constexpr unsigned long kExiting = 0x4;  // PF_EXITING
     char path[64], text[512];
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    FILE* file = fopen(path, "r");
-    if (file == nullptr) return errno != ENOENT;
+    FILE* file = fopen(path, "re");
+    if (file == nullptr) return errno == ENOENT || errno == ESRCH;
     const size_t length = fread(text, 1, sizeof text - 1, file);
     fclose(file);
     text[length] = '\0';
-    const char* name_end = strrchr(text, ')');  // the state is the first field after the name
-    return name_end == nullptr || name_end[1] == '\0' || (name_end[2] != 'Z' && name_end[2] != 'X');
+    const char* name_end = strrchr(text, ')');  // the fields after the name: state, five numbers, the flags
+    char state = 0;
+    unsigned long flags = 0;
+    if (name_end == nullptr || sscanf(name_end + 1, " %c %*d %*d %*d %*d %*d %lu", &state, &flags) != 2) return false;
+    return state == 'Z' || state == 'X' || (flags & kExiting) != 0;
   }
 
   std::vector<Process> processes_;

@@ -27,6 +27,9 @@ START_DEADLINE_S = 120.0
 GRACE_S = 5.0
 """How long, after a rank failed, the others may go on before they are counted as stuck."""
 
+EXIT_DEADLINE_S = 10.0
+"""How long to wait for the exit code of a rank that has hung up: a GPU's driver takes seconds to let a process go."""
+
 CLOSE_DEADLINE_S = 2.0
 """How long workers may take to leave before they are killed."""
 
@@ -217,7 +220,7 @@ class RankPool:
                 return worker.loads(rank.conn.recv_bytes())
         except (EOFError, OSError):
             pass
-        rank.process.join(1.0)
+        rank.process.join(EXIT_DEADLINE_S)
         rank.dead = Dead(number, rank.process.exitcode)
         return allow_dead, rank.dead
 

@@ -113,6 +113,8 @@ class Case:
     kernels: int
     copies: int = 0
     """Of results into inputs that the function changes."""
+    more_on_gpu: int = 0
+    """Kernels more: Triton's half of a long reduction that Inductor splits in two."""
 
 
 CASES = {
@@ -124,7 +126,7 @@ CASES = {
         Case(two_equal_calls, (0, 0), kernels=0),
         Case(two_equal_unused_calls, (2, 2), kernels=1),
         Case(results_used_in_another_order, (0, 1, 2, 0), kernels=4),
-        Case(chains_of_different_sizes, (0, 1, 2, 1, 0), kernels=4),
+        Case(chains_of_different_sizes, (0, 1, 2, 1, 0), kernels=4, more_on_gpu=1),
         Case(in_place_on_a_local, (0, 1), kernels=1),
         Case(in_place_on_the_inputs, (0, 1, 2), kernels=0, copies=2),
         Case(in_place_on_views, (0, 1), kernels=3, copies=2),
@@ -219,8 +221,9 @@ def compiled_like_eager(ctx: RankContext, name: str, folder: str) -> list[str]:
         wrong.append(f"calls in the generated code: groups {seen}, expected {list(case.groups)}")
     kernels = re.findall(r"^\s*((?:cpp|triton)_\w+)[.(]", body, re.MULTILINE)
     copies = [line for line in body.splitlines() if "copy" in line or "clone" in line]
-    if len(kernels) > case.kernels + case.copies or len(copies) > case.copies:
-        wrong.append(f"got kernels {kernels} and copies {copies}, expected {case.kernels} and {case.copies}")
+    expected = case.kernels + (case.more_on_gpu if ctx.device.type == "cuda" else 0)
+    if len(kernels) > expected + case.copies or len(copies) > case.copies:
+        wrong.append(f"got kernels {kernels} and copies {copies}, expected {expected} and {case.copies}")
 
     for alone in range(ctx.world):
         if seen != list(case.groups):

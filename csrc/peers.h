@@ -43,13 +43,16 @@ class PeerProcesses {
 
   // False as soon as the process has begun to exit: with a GPU's driver to release, its end can take seconds.
   bool alive(int rank) const {
+    return !gone(rank) && (processes_[rank].pid == 0 || !exiting(processes_[rank].pid, true));
+  }
+
+  // The process has ended, and what it had mapped is unmapped.
+  bool gone(int rank) const {
     const Process& process = processes_[rank];
-    if (process.pid == 0) return true;
-    if (process.fd >= 0) {
-      pollfd exited{process.fd, POLLIN, 0};
-      if (poll(&exited, 1, 0) > 0) return false;  // a signal that interrupts, too, is no death
-    }
-    return !exiting(process.pid);
+    if (process.pid == 0) return false;
+    if (process.fd < 0) return exiting(process.pid, false);
+    pollfd exited{process.fd, POLLIN, 0};
+    return poll(&exited, 1, 0) > 0;  // a signal that interrupts is no death
   }
 
  private:
@@ -58,8 +61,8 @@ class PeerProcesses {
     int fd = -1;
   };
 
-  // Gone; or dead and not yet reaped by its parent; or on its way out, by the kernel's flags of the task.
-  static bool exiting(int32_t pid) {
+  // Gone; or dead and not yet reaped by its parent; or, if `already`, on its way out by the kernel's flags of the task.
+  static bool exiting(int32_t pid, bool already) {
     constexpr unsigned long kExiting = 0x4;  // PF_EXITING
     char path[64], text[512];
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
@@ -72,7 +75,7 @@ class PeerProcesses {
     char state = 0;
     unsigned long flags = 0;
     if (name_end == nullptr || sscanf(name_end + 1, " %c %*d %*d %*d %*d %*d %lu", &state, &flags) != 2) return false;
-    return state == 'Z' || state == 'X' || (flags & kExiting) != 0;
+    return state == 'Z' || state == 'X' || (already && (flags & kExiting) != 0);
   }
 
   std::vector<Process> processes_;

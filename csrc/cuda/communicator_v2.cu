@@ -38,8 +38,7 @@ CommunicatorV2::~CommunicatorV2() {
   int previous = 0;
   cudaGetDevice(&previous);
   cudaSetDevice(device_);
-  cudaDeviceSynchronize();  // every kernel that touches a workspace ends: by its deadline, or when a peer's death is
-                            // seen
+  cudaDeviceSynchronize();  // every kernel that touches a workspace ends, by its deadline or at a peer's death
   if (watcher_.joinable()) {
     {
       std::lock_guard lock(watcher_mutex_);
@@ -63,7 +62,7 @@ bool CommunicatorV2::Retired::may_be_freed() const {
   if (!segment->attached()) return !told;  // a peer may have opened it, and could not tell
   const PeerState* states = reinterpret_cast<const PeerState*>(segment->data());
   for (int r = 0; r < world; ++r) {
-    if (states[r].unmapped.load(std::memory_order_acquire) == 0 && segment->peers().alive(r)) return false;
+    if (states[r].unmapped.load(std::memory_order_acquire) == 0 && !segment->peers().gone(r)) return false;
   }
   return true;
 }

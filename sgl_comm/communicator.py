@@ -57,7 +57,7 @@ class Communicator:
         device: torch.device | str | int | None = None,
         max_size: int | None = None,
     ) -> None:
-        link = Rendezvous.of(group, device if isinstance(device, torch.device) else None)
+        link = Rendezvous.of(group, _as_torch_device(device))
         self.group_name: str = link.name
         self.rank: int = link.rank
         self.world_size: int = link.world
@@ -146,11 +146,17 @@ class Communicator:
         self.close()
 
 
+def _as_torch_device(device: torch.device | str | int | None) -> torch.device | None:
+    if device is None:
+        return None
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tuple[torch.device, str]:
     """The device that is meant, and what is wrong with it or an empty text."""
-    if device is None:
-        device = "cuda" if "nccl" in link.backend and torch.cuda.is_available() else "cpu"
-    chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    chosen = _as_torch_device(device)
+    if chosen is None:
+        chosen = torch.device("cuda" if "nccl" in link.backend and torch.cuda.is_available() else "cpu")
     if chosen.type == "cpu":
         return chosen, ""
     if chosen.type != "cuda":

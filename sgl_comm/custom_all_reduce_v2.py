@@ -55,9 +55,12 @@ class CustomAllReduceV2:
         problem = _bad_max_size(max_size) or self._try_to_open(link)
         try:
             link.refuse_together(problem)
-            self.reason = link.agree(_library.cuda_missing) or self._set_up(link, max_size)
-            if self._registered and (self.reason or link.world == 1):
-                _ops._v2_settle(link.name, False)
+            alone = link.world == 1  # served without a workspace
+            self.reason = link.agree(_library.cuda_missing) or why_not_world_size(link.world)
+            if not self.reason and not alone:
+                self.reason = self._set_up(link, max_size)
+            if self._registered:
+                _ops._v2_settle(link.name, not self.reason and not alone)
         except BaseException:
             self.close()
             raise
@@ -76,15 +79,8 @@ class CustomAllReduceV2:
 
     def _set_up(self, link: Rendezvous, max_size: int | None) -> str:
         """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
-        if reason := why_not_world_size(link.world):
-            return reason
-        if link.world == 1:
-            return ""
         mine = _ops._v2_publish(link.name, self.device.index, max_size or 0, envs.timeout_seconds())
-        reason = link.agree(_ops._v2_attach(link.name, link.all_gather(mine)))
-        if not reason:
-            _ops._v2_settle(link.name, True)
-        return reason
+        return link.agree(_ops._v2_attach(link.name, link.all_gather(mine)))
 
     def should_custom_ar(self, input: Tensor) -> bool:
         """Whether the kernels serve this tensor; its size does not matter."""

@@ -44,7 +44,7 @@ class Rendezvous:
         cpu = torch.device("cpu")
         if cpu in getattr(group, "_device_types", [cpu]):
             device = cpu
-        elif device is None or device.type == "cpu":
+        elif device is None or device.type != "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         return Rendezvous(group, group.group_name, dist.get_rank(group), dist.get_world_size(group), device)
 

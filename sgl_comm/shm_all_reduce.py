@@ -50,7 +50,8 @@ class ShmAllReduce:
         problem = _try_to_open(link)
         try:
             link.refuse_together(problem)
-            self.reason = self._set_up(link)
+            self.reason = why_not_world_size(link.world) or self._set_up(link)
+            _ops._shm_settle(link.name, not self.reason)
         except BaseException:
             if not problem:
                 self.close()
@@ -59,13 +60,8 @@ class ShmAllReduce:
 
     def _set_up(self, link: Rendezvous) -> str:
         """Makes and shares the segment. Returns why it cannot be used, the same on every rank; empty if it can."""
-        if reason := why_not_world_size(link.world):
-            _ops._shm_settle(link.name, False)
-            return reason
         handles = link.all_gather(_ops._shm_publish(link.name, envs.timeout_seconds()))
-        reason = link.agree(_ops._shm_attach(link.name, handles))
-        _ops._shm_settle(link.name, not reason)
-        return reason
+        return link.agree(_ops._shm_attach(link.name, handles))
 
     def should_custom_ar(self, input: Tensor) -> bool:
         """Whether shared memory serves this tensor."""

@@ -8,10 +8,10 @@
 // saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. The sums
 // would need one place only: they are written after every arrived >= e, which a peer raises after it has read those of
 // e-1. They have two all the same, since lines that the peer has just read are dear to write (1 MiB: 1.25 times
-// slower). Each raise is a release, each wait an acquire (flag.h).
+// slower).
+// Each raise is a release, each wait an acquire (flag.h).
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>

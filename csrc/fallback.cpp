@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cpu/groups.h"
 #include "inference_only.h"
 #include "text.h"
@@ -11,12 +13,26 @@ namespace sgl_comm::fallback {
 
 namespace {
 
+cpu::Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name) {
+  check_strided(op, input);
+  check_inference_only(op, input);
+  return cpu::groups().find(op, group_name);
+}
+
 Tensor all_reduce_any_device(const Tensor& input, const Text& group_name, const Text& reduce_op) {
-  check_strided("all_reduce", input);
-  check_inference_only("all_reduce", input);
   check_reduce_op("all_reduce", reduce_op);
-  cpu::groups().find("all_reduce", group_name);
+  check("all_reduce", input, group_name);
   return all_reduce("all_reduce", input, group_name, reduce_op);
+}
+
+Tensor reduce_scatter_any_device(const Tensor& input, const Text& group_name) {
+  const auto group = check("reduce_scatter", input, group_name);
+  return reduce_scatter("reduce_scatter", input, group_name, group->world);
+}
+
+Tensor all_gather_any_device(const Tensor& input, const Text& group_name) {
+  const auto group = check("all_gather", input, group_name);
+  return all_gather("all_gather", input, group_name, group->world);
 }
 
 Tensor refuse_custom_all_reduce_v2(const Tensor& input, const Text&, const Text&) {
@@ -31,5 +47,7 @@ Tensor refuse_custom_all_reduce_v2(const Tensor& input, const Text&, const Text&
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::fallback::all_reduce_any_device));
+  m.impl("reduce_scatter", TORCH_BOX(&sgl_comm::fallback::reduce_scatter_any_device));
+  m.impl("all_gather", TORCH_BOX(&sgl_comm::fallback::all_gather_any_device));
   m.impl("custom_all_reduce_v2", TORCH_BOX(&sgl_comm::fallback::refuse_custom_all_reduce_v2));
 }

@@ -11,12 +11,16 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("all_reduce_(Tensor(a!) input, str group_name, str reduce_op=\"sum\") -> ()");
   // Push through an owned workspace (CUDA); an error, never a fallback, where it cannot. algo: auto, one_shot, ring.
   m.def("custom_all_reduce_v2(Tensor input, str group_name, str algo=\"auto\") -> Tensor");
+  // The sum of every rank's input, divided along dim 0 into a share a rank: rank r gets the r-th. Fresh and row-major.
+  m.def("reduce_scatter(Tensor input, str group_name) -> Tensor");
+  // Every rank's input along dim 0, in rank order, bit for bit, for every dtype. Fresh and row-major.
+  m.def("all_gather(Tensor input, str group_name) -> Tensor");
 
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.
   m.def("_group_open(str group_name, int rank, int world) -> ()");
   m.def("_group_close(str group_name) -> ()");
-  m.def("_shm_publish(str group_name, float timeout) -> Tensor");
+  m.def("_shm_publish(str group_name, float timeout, int first_epoch) -> Tensor");
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");

@@ -32,11 +32,9 @@ inline void check_strided(const char* op, const Tensor& tensor) {
             " expected a strided one");
 }
 
-// A new tensor of `like`'s shape, dtype and device, uninitialised and row-major.
-inline Tensor empty_row_major(const char* op, const Tensor& like) {
+// A new tensor of these sizes and of `like`'s number of dimensions, dtype and device, uninitialised and row-major.
+inline Tensor empty_row_major(const char* op, const Tensor& like, const int64_t* sizes) {
   const int64_t dim = like.dim();
-  int64_t* sizes = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
   constexpr int64_t kInline = 8;
   int64_t inline_strides[kInline];
   std::vector<int64_t> long_strides(dim > kInline ? dim : 0);
@@ -52,8 +50,15 @@ inline Tensor empty_row_major(const char* op, const Tensor& like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle out = nullptr;
   SGL_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out) == AOTI_TORCH_SUCCESS,
-            op, ": no memory for a result like the input, ", describe(like), "; torch has logged the cause");
+            op, ": no memory for the result of the input, ", describe(like), "; torch has logged the cause");
   return Tensor(out);
+}
+
+// The same of `like`'s own sizes.
+inline Tensor empty_row_major(const char* op, const Tensor& like) {
+  int64_t* sizes = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
+  return empty_row_major(op, like, sizes);
 }
 
 // A new row-major tensor of the same values.

@@ -7,6 +7,8 @@ call reaches the in-place kernel of its device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import impl, register_fake
@@ -15,7 +17,12 @@ import sgl_comm._library  # noqa: F401  (registers the ops)
 from sgl_comm import _inductor
 
 _ops = torch.ops.sgl_comm
-_EFFECTFUL = (_ops.all_reduce.default, _ops.custom_all_reduce_v2.default)
+_EFFECTFUL = tuple(
+    getattr(_ops, name).default for name in ("all_reduce", "custom_all_reduce_v2", "reduce_scatter", "all_gather")
+)
+
+world_sizes: dict[str, int] = {}
+"""Group name -> how many ranks it has: what a result's shape may depend on. Kept by whoever opens and closes groups."""
 
 
 def _refuse_grad(op: str, tensor: Tensor) -> None:
@@ -25,20 +32,52 @@ def _refuse_grad(op: str, tensor: Tensor) -> None:
         )
 
 
-def _result_of(op: str, input: Tensor) -> Tensor:
+def _result_of(op: str, input: Tensor, shape: Sequence[int]) -> Tensor:
     _refuse_grad(op, input)
     _inductor.keep_order(_EFFECTFUL)
-    return input.new_empty(input.shape)
+    return input.new_empty(shape)
+
+
+def _check_rows(op: str, input: Tensor, group_name: str) -> int:
+    """The world size of a group, for an op that joins or divides rows."""
+    if group_name not in world_sizes:
+        known = ", ".join(map(repr, world_sizes)) or "none"
+        raise RuntimeError(
+            f"sgl_comm::{op}: unknown group {group_name!r}; call sgl_comm.init(group) first (known: {known})"
+        )
+    if input.dim() == 0:
+        raise RuntimeError(f"sgl_comm::{op}: got a tensor without dimensions; expected at least one dimension")
+    return world_sizes[group_name]
 
 
 @register_fake("sgl_comm::all_reduce")
 def _all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
-    return _result_of("all_reduce", input)
+    return _result_of("all_reduce", input, input.shape)
 
 
 @register_fake("sgl_comm::custom_all_reduce_v2")
 def _custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> Tensor:
-    return _result_of("custom_all_reduce_v2", input)
+    return _result_of("custom_all_reduce_v2", input, input.shape)
+
+
+@register_fake("sgl_comm::reduce_scatter")
+def _reduce_scatter(input: Tensor, group_name: str) -> Tensor:
+    world = _check_rows("reduce_scatter", input, group_name)
+    rows = input.size(0)
+    torch._check(
+        rows % world == 0,
+        lambda: (
+            f"sgl_comm::reduce_scatter: got {rows} rows; expected the size of dim 0 to be a multiple of {world},"
+            " the number of ranks"
+        ),
+    )
+    return _result_of("reduce_scatter", input, (rows // world, *input.shape[1:]))
+
+
+@register_fake("sgl_comm::all_gather")
+def _all_gather(input: Tensor, group_name: str) -> Tensor:
+    world = _check_rows("all_gather", input, group_name)
+    return _result_of("all_gather", input, (input.size(0) * world, *input.shape[1:]))
 
 
 @impl("sgl_comm::all_reduce_", "CompositeImplicitAutograd")

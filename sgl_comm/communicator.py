@@ -109,6 +109,14 @@ class Communicator:
         """The same, in place, for any strides. See ``sgl_comm.ops.all_reduce_``."""
         sgl_ops.all_reduce_(input, self.group_name, reduce_op)
 
+    def reduce_scatter(self, input: Tensor) -> Tensor:
+        """This rank's share of the sum, divided along dim 0. See ``sgl_comm.ops.reduce_scatter``."""
+        return sgl_ops.reduce_scatter(input, self.group_name)
+
+    def all_gather(self, input: Tensor) -> Tensor:
+        """Every rank's ``input`` along dim 0, in rank order. See ``sgl_comm.ops.all_gather``."""
+        return sgl_ops.all_gather(input, self.group_name)
+
     def check(self) -> None:
         """Raises ``SglCommError`` if an earlier call has failed, on this rank or a peer; makes no call of its own.
 

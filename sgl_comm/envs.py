@@ -35,13 +35,19 @@ CPU_INSTRUCTIONS = EnvVar(
     "avx512, avx2, neon or scalar: use no better instructions than these on the CPU. Read at the first sum; an"
     " unknown word means scalar.",
 )
+FIRST_EPOCH = EnvVar(
+    "SGL_COMM_FIRST_EPOCH",
+    "0",
+    "For tests: the number that a communicator's steps and epochs are counted from (0 to 2**62), alike on all ranks."
+    " Read by init().",
+)
 BUILD_CUDA = EnvVar(
     "SGL_COMM_BUILD_CUDA",
     "",
     "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
 )
 
-ALL = (TIMEOUT, CPU_INSTRUCTIONS, BUILD_CUDA)
+ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, BUILD_CUDA)
 
 
 def timeout_seconds() -> float:
@@ -58,6 +64,19 @@ def timeout_seconds() -> float:
     if not 0 < seconds < 1e9:
         raise SglCommError(f"got {TIMEOUT.name}={text!r}; expected a number of seconds above 0")
     return seconds
+
+
+def first_epoch() -> int:
+    """``SGL_COMM_FIRST_EPOCH`` as a number.
+
+    Raises:
+        SglCommError: if it is not a whole number from 0 to 2**62.
+    """
+    text = FIRST_EPOCH.text()
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number <= 1 << 62:
+        raise SglCommError(f"got {FIRST_EPOCH.name}={text!r}; expected a whole number from 0 to 2**62")
+    return number
 
 
 def warn_about_unknown_names() -> None:

@@ -79,3 +79,50 @@ def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> 
         return _ops.custom_all_reduce_v2(input, group_name, algo)
     with own_errors():
         return _ops.custom_all_reduce_v2(input, group_name, algo)
+
+
+def reduce_scatter(input: Tensor, group_name: str) -> Tensor:
+    """This rank's share of the sum of every rank's ``input``, divided along dim 0: the first half of an all-reduce.
+
+    The bits are those of ``all_reduce``'s rows. float32, bfloat16 and float16 are added in fp32 in rank order and
+    rounded once; other dtypes go to NCCL or gloo, which promise no order.
+
+    Args:
+        input: any strides, alike in shape and dtype on all ranks; the size of dim 0 must be a multiple of the group's
+            world size (0 is one); must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+
+    Returns:
+        A new row-major tensor of shape ``[input.size(0) // world_size, ...]``, of the input's dtype and device: rank
+        r's are the r-th rows. It aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: a tensor that cannot be divided, unknown or closed group, bad input, or a peer that died or did
+            not come in time.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.reduce_scatter(input, group_name)
+    with own_errors():
+        return _ops.reduce_scatter(input, group_name)
+
+
+def all_gather(input: Tensor, group_name: str) -> Tensor:
+    """Every rank's ``input``, one after the other along dim 0, in rank order: the second half of an all-reduce.
+
+    Bit for bit, for every dtype, also through NCCL or gloo.
+
+    Args:
+        input: at least one dimension, any strides, alike in shape and dtype on all ranks; must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+
+    Returns:
+        A new row-major tensor of shape ``[input.size(0) * world_size, ...]``, of the input's dtype and device. It
+        aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.all_gather(input, group_name)
+    with own_errors():
+        return _ops.all_gather(input, group_name)

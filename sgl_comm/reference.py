@@ -22,3 +22,33 @@ def all_reduce(inputs: Sequence[Tensor]) -> Tensor:
     for tensor in inputs[1:]:
         total += tensor.to(torch.float32)
     return total.to(inputs[0].dtype)
+
+
+def reduce_scatter(inputs: Sequence[Tensor], rank: int) -> Tensor:
+    """What ``rank`` gets of the sum over ranks, divided along dim 0 into a share a rank.
+
+    Args:
+        inputs: as for ``all_reduce``; dim 0 can be divided by their number.
+        rank: whose share.
+
+    Returns:
+        A row-major tensor of its own: the ``rank``-th share of ``all_reduce``'s rows.
+    """
+    rows = inputs[0].size(0) // len(inputs)
+    return all_reduce(inputs)[rank * rows : (rank + 1) * rows].clone()
+
+
+def all_gather(inputs: Sequence[Tensor]) -> Tensor:
+    """Every rank's tensor along dim 0, in rank order, bit for bit.
+
+    Args:
+        inputs: every rank's tensor; one shape of at least one dimension, one dtype, any dtype and strides.
+
+    Returns:
+        A row-major tensor of the inputs' dtype.
+    """
+    first = inputs[0]
+    out = torch.empty((len(inputs), *first.shape), dtype=first.dtype, device=first.device)
+    for place, tensor in zip(out, inputs, strict=True):
+        place.copy_(tensor)
+    return out.flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgl_comm import envs
+from sgl_comm import _fake, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
 from sgl_comm.rendezvous import Rendezvous
@@ -21,6 +21,7 @@ def _try_to_open(link: Rendezvous) -> str:
     """Registers the group. Returns why this rank cannot, or an empty text."""
     try:
         envs.timeout_seconds()
+        envs.first_epoch()
         _ops._group_open(link.name, link.rank, link.world)
     except RuntimeError as error:
         return str(error).removeprefix("sgl_comm::init: ")
@@ -52,6 +53,7 @@ class ShmAllReduce:
             link.refuse_together(problem)
             self.reason = why_not_world_size(link.world) or self._set_up(link)
             _ops._shm_settle(link.name, not self.reason)
+            _fake.world_sizes[link.name] = link.world
         except BaseException:
             if not problem:
                 self.close()
@@ -60,7 +62,8 @@ class ShmAllReduce:
 
     def _set_up(self, link: Rendezvous) -> str:
         """Makes and shares the segment. Returns why it cannot be used, the same on every rank; empty if it can."""
-        handles = link.all_gather(_ops._shm_publish(link.name, envs.timeout_seconds()))
+        handle = _ops._shm_publish(link.name, envs.timeout_seconds(), envs.first_epoch())
+        handles = link.all_gather(handle)
         return link.agree(_ops._shm_attach(link.name, handles))
 
     def should_custom_ar(self, input: Tensor) -> bool:
@@ -84,4 +87,5 @@ class ShmAllReduce:
         """Gives the group's name and memory up. Not collective; a peer that still calls gets an error at once."""
         if not self._closed:
             self._closed = True
+            _fake.world_sizes.pop(self.group_name, None)
             _ops._group_close(self.group_name)

@@ -68,8 +68,7 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
   }
 }
 
-void sum_over_ranks(const char* op, ShmCommunicator& comm, const Message& message) {
-  const auto turn = comm.begin(op, {Call::Kind::kAllReduce, message.dtype, message.count});
+void sum_over_ranks(ShmCommunicator& comm, const Message& message) {
   const size_t size = size_of(message.dtype);
   if (comm.world() == 1) {
     if (message.out != message.in) std::memcpy(message.out, message.in, message.count * size);
@@ -88,9 +87,11 @@ bool shm_serves(const Groups::GroupPtr& group, const Tensor& input, const std::s
 }
 
 void run(const char* op, ShmCommunicator& comm, const Tensor& in, Tensor& out) {
-  sum_over_ranks(op, comm,
-                 {dtype_of(in.scalar_type()), static_cast<const std::byte*>(in.const_data_ptr()),
-                  static_cast<std::byte*>(out.mutable_data_ptr()), static_cast<size_t>(in.numel())});
+  const auto dtype = in.scalar_type();
+  const auto count = static_cast<size_t>(in.numel());
+  const auto turn = comm.begin(op, {Call::Kind::kAllReduce, dtype, count});
+  sum_over_ranks(comm, {dtype_of(dtype), static_cast<const std::byte*>(in.const_data_ptr()),
+                        static_cast<std::byte*>(out.mutable_data_ptr()), count});
 }
 
 Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,

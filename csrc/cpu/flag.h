@@ -25,9 +25,13 @@ inline void spin_pause() {
 }
 
 // Before raise(e): the rank has written everything that epoch e promises. After reached(e) is true: a peer sees it
-// all (release in raise, acquire in reached). A peer that has waited long sleeps on the counter's low half.
+// all (release in raise, acquire in reached). A peer that has waited long sleeps on the counter's low half, which
+// changes with every raise as long as a raise is by less than 2^32; so a flag starts where the epochs do.
 class alignas(64) Flag {
  public:
+  // Before anybody raises it or waits.
+  void start_at(uint64_t epoch) { value_.store(epoch, std::memory_order_relaxed); }
+
   bool reached(uint64_t epoch) const { return value_.load(std::memory_order_acquire) >= epoch; }
 
   void raise(uint64_t epoch) {

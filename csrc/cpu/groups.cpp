@@ -21,17 +21,17 @@ void group_open(const Text& name, int64_t rank, int64_t world) {
 
 void group_close(const Text& name) { groups().close(name); }
 
-Tensor shm_publish(const Text& name, double timeout) {
+Tensor shm_publish(const Text& name, double timeout, int64_t first_epoch) {
   const auto group = groups().find_open("init", name);
-  auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout);
-  const SegmentHandle handle = communicator->publish();
+  auto communicator = std::make_unique<ShmCommunicator>(name, group->rank, group->world, timeout, first_epoch);
+  const ShmHandle handle = communicator->publish();
   group->communicator = std::move(communicator);
   return to_bytes(handle);
 }
 
 std::string shm_attach(const Text& name, const Tensor& bytes) {
   const auto group = groups().find_open("init", name);
-  return group->communicator->attach(from_bytes<SegmentHandle>(bytes, group->world));
+  return group->communicator->attach(from_bytes<ShmHandle>(bytes, group->world));
 }
 
 void shm_settle(const Text& name, bool agreed) {

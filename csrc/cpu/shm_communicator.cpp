@@ -19,15 +19,33 @@ constexpr int kYields = 32;
 // Spinning pays while every rank can have a core of its own; else it keeps the core from the rank that is awaited.
 constexpr int kSpins = 4000, kSpinsOnTooFewCores = 50;
 
+const char* name_of(Call::Kind kind) {
+  switch (kind) {
+    case Call::Kind::kReduceScatter:
+      return "reduce_scatter";
+    case Call::Kind::kAllGather:
+      return "all_gather";
+    default:
+      return "all_reduce";
+  }
+}
+
 std::string describe(uint64_t packed) {
   const Call call = Call::unpacked(packed);
-  return "all_reduce of " + std::to_string(call.count) + " " + name_of(call.dtype);
+  const DType summed = dtype_of(call.dtype);
+  const char* dtype = summed != DType::kOther ? name_of(summed) : torch::headeronly::toString(call.dtype);
+  return std::string(name_of(call.kind)) + " of " + std::to_string(call.count) + " " + dtype;
 }
 
 }  // namespace
 
-ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds)
-    : group_name_(std::move(group_name)), rank_(rank), world_(world), timeout_seconds_(timeout_seconds) {}
+ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds,
+                                 uint64_t first_epoch)
+    : group_name_(std::move(group_name)),
+      rank_(rank),
+      world_(world),
+      timeout_seconds_(timeout_seconds),
+      step_(first_epoch) {}
 
 ShmCommunicator::~ShmCommunicator() {
   if (header_ == nullptr) return;
@@ -37,14 +55,21 @@ ShmCommunicator::~ShmCommunicator() {
   own.summed.wake();
 }
 
-SegmentHandle ShmCommunicator::publish() {
-  return segment_.publish(rank_, world_, kHeaderBytes + (2 * world_ + 2) * kSlotBytes);
+ShmHandle ShmCommunicator::publish() {
+  return {segment_.publish(rank_, world_, kHeaderBytes + (2 * world_ + 2) * kSlotBytes), step_};
 }
 
-std::string ShmCommunicator::attach(const std::vector<SegmentHandle>& handles) {
-  std::string reason = segment_.attach(rank_, handles);
+std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
+  std::vector<SegmentHandle> segments;
+  for (const ShmHandle& handle : handles) segments.push_back(handle.segment);
+  std::string reason = segment_.attach(rank_, segments);
   if (!reason.empty()) return reason;
+  for (const ShmHandle& handle : handles) {
+    if (handle.first_epoch != step_) return "the ranks have different values of SGL_COMM_FIRST_EPOCH";
+  }
   header_ = reinterpret_cast<Header*>(segment_.data());
+  header_->ranks[rank_].arrived.start_at(step_);  // no peer looks before all have agreed that all have attached
+  header_->ranks[rank_].summed.start_at(step_);
   slots_ = segment_.data() + kHeaderBytes;
   sums_ = slots_ + 2 * world_ * kSlotBytes;
   spin_limit_ = segment_.num_cores() >= world_ ? kSpins : kSpinsOnTooFewCores;
@@ -67,13 +92,16 @@ void ShmCommunicator::arrive() {
   own.arrived.raise(step_);
 }
 
+void ShmCommunicator::await_arrival(int peer) {
+  await(header_->ranks[peer].arrived, peer);
+  if (header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed) != call_.packed()) {
+    give_up(FaultKind::kMismatch, peer);
+  }
+}
+
 void ShmCommunicator::await_arrivals() {
   for (int peer = 0; peer < world_; ++peer) {
-    if (peer == rank_) continue;
-    await(header_->ranks[peer].arrived, peer);
-    if (header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed) != call_.packed()) {
-      give_up(FaultKind::kMismatch, peer);
-    }
+    if (peer != rank_) await_arrival(peer);
   }
 }
 

@@ -1,7 +1,9 @@
 // Storage for collectives between the processes of one host: one anonymous segment a group, mapped by every rank.
 //
-// Who writes what, when. Every collective is a sequence of steps, alike on all ranks; step e is the e-th since init.
+// Who writes what, when. Every collective is a sequence of steps, alike on all ranks; step e is the e-th since init
+// (tests may count from another number than 0).
 //   slot(r) of step e    written by rank r before it raises arrived[r] to e; read by the peers after they saw that.
+//                        What lies in it is the collective's business: something for all peers, or a part a peer.
 //   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
 //                        summed[r] to e; read by the peers after they saw that.
 // Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
@@ -27,40 +29,48 @@ namespace sgl_comm {
 
 // What a rank calls; a call must be the same on every rank, which is checked before any of its data is used.
 struct Call {
-  enum class Kind : uint8_t { kAllReduce = 1 };
+  enum class Kind : uint8_t { kAllReduce = 1, kReduceScatter = 2, kAllGather = 3 };
   Kind kind;
-  DType dtype;
-  uint64_t count;
+  torch::headeronly::ScalarType dtype;
+  uint64_t count;  // of a rank's input
 
   uint64_t packed() const { return uint64_t(kind) << 56 | uint64_t(dtype) << 48 | count; }
   static Call unpacked(uint64_t word) {
-    return {Kind(word >> 56), DType(word >> 48 & 0xff), word & ((uint64_t{1} << 48) - 1)};
+    return {Kind(word >> 56), torch::headeronly::ScalarType(word >> 48 & 0xff), word & ((uint64_t{1} << 48) - 1)};
   }
+};
+
+// What a rank tells the others at init, as bytes over their own group.
+struct ShmHandle {
+  SegmentHandle segment;
+  uint64_t first_epoch;
 };
 
 class ShmCommunicator {
  public:
   static constexpr size_t kSlotBytes = 256 << 10;
 
-  ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds);
+  // first_epoch: what steps are counted from.
+  ShmCommunicator(std::string group_name, int rank, int world, double timeout_seconds, uint64_t first_epoch);
   ~ShmCommunicator();
 
   // Set-up, in this order on every rank; between the two the handles go round the group.
-  SegmentHandle publish();
-  std::string attach(const std::vector<SegmentHandle>& handles);  // empty, or why this rank cannot
-  void settle() { segment_.settle(); }                            // all ranks have attached
+  ShmHandle publish();
+  std::string attach(const std::vector<ShmHandle>& handles);  // empty, or why this rank cannot
+  void settle() { segment_.settle(); }                        // all ranks have attached
 
   int rank() const { return rank_; }
   int world() const { return world_; }
 
   // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
   std::unique_lock<std::mutex> begin(const char* op, const Call& call);
-  // A collective is one or more of: next_step, write slot(rank()), arrive, await_arrivals, read the slots; and where
-  // the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
+  // A collective is one or more of: next_step, write slot(rank()), arrive, await every peer's arrival, read the slots;
+  // and where the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
   void next_step() { ++step_; }
   std::byte* slot(int rank) const { return slots_ + (2 * rank + (step_ & 1)) * kSlotBytes; }
   std::byte* sums() const { return sums_ + (step_ & 1) * kSlotBytes; }
   void arrive();
+  void await_arrival(int peer);
   void await_arrivals();
   void announce_sum();
   void await_sum(int rank);
@@ -105,7 +115,7 @@ class ShmCommunicator {
   std::byte* slots_ = nullptr;
   std::byte* sums_ = nullptr;
   std::mutex mutex_;
-  uint64_t step_ = 0;
+  uint64_t step_;
   uint64_t sequence_ = 0;
   const char* op_ = "";
   Call call_{};

@@ -1,0 +1,149 @@
+"""The push protocol keeps its promises in every interleaving, and the search catches protocols that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from protocol_model import Kind, Op, Protocol, broadcast, one_shot, ring, two_shot, two_shot_ring
+from protocol_search import search
+
+# An all-gather is a one-shot that does not add. two_shot(1): a message so short that rank 0 owns all of it.
+SHORT = (one_shot(), two_shot(), two_shot(owners=1), two_shot(gather=False))
+ONTO_FULL = "a push lands on a full place of rank"
+WRONG_DATUM = "reads a datum of another launch or tile"
+
+
+def all_kinds(ring_tiles: tuple[int, ...], two_shot_ring_tiles: tuple[int, ...]) -> tuple[Kind, ...]:
+    return (*SHORT, *(ring(t) for t in ring_tiles), *(two_shot_ring(t) for t in two_shot_ring_tiles))
+
+
+def assert_holds(protocol: Protocol, reduced: bool, at_least: int) -> None:
+    verdict = search(protocol, reduced)
+    assert verdict.violation == "", "\n".join(verdict.trace)
+    assert verdict.states >= at_least
+
+
+# --- the protocol
+
+
+def test_any_sequence_of_calls_of_two_ranks_with_every_step_apart() -> None:
+    assert_holds(Protocol(2, all_kinds((1, 2), (1, 2))), reduced=False, at_least=40_000)
+
+
+def test_any_sequence_of_calls_of_two_ranks() -> None:
+    assert_holds(Protocol(2, all_kinds((1, 2, 3, 6), (1, 2, 3, 6))), reduced=True, at_least=5_000)
+
+
+def test_any_sequence_of_calls_of_three_ranks() -> None:
+    assert_holds(Protocol(3, all_kinds((2,), (1,))), reduced=True, at_least=90_000)
+
+
+def test_any_sequence_of_one_shots_of_three_ranks_with_every_step_apart() -> None:
+    assert_holds(Protocol(3, (one_shot(),)), reduced=False, at_least=20_000)
+
+
+def test_any_sequence_of_one_shots_of_four_ranks() -> None:
+    assert_holds(Protocol(4, (one_shot(),)), reduced=True, at_least=10_000)
+
+
+@pytest.mark.parametrize("tiles", range(1, 7))
+@pytest.mark.parametrize("kind", [ring, two_shot_ring])
+def test_rings_of_two_ranks_with_every_step_apart(kind: Callable[..., Kind], tiles: int) -> None:
+    assert_holds(Protocol(2, (kind(tiles),)), reduced=False, at_least=50 * tiles)
+
+
+@pytest.mark.parametrize(
+    "kind", [ring(6), two_shot_ring(5), two_shot_ring(4, last_owners=1)], ids=["ring", "two_shot_ring", "short_last"]
+)
+def test_rings_of_three_ranks(kind: Kind) -> None:
+    assert_holds(Protocol(3, (kind,)), reduced=True, at_least=10_000)
+
+
+# --- how much of it is needed
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("defer", [0, 1, 2])
+@pytest.mark.parametrize("banks", [1, 2, 3, 4])
+def test_emptying_d_launches_later_needs_d_plus_two_banks(banks: int, defer: int, reduced: bool) -> None:
+    verdict = search(Protocol(2, SHORT, banks=banks, defer=defer), reduced)
+    assert (verdict.violation == "") == (banks >= defer + 2), verdict
+
+
+def test_two_banks_with_deferred_emptying_are_caught() -> None:
+    verdict = search(Protocol(2, (one_shot(),), banks=2))
+    assert ONTO_FULL in verdict.violation
+    # Rank 0's third push comes while rank 1, in its second launch, has not yet emptied the first one's place.
+    assert sum("rank 0, one_shot: ends" in step for step in verdict.trace) == 2
+    assert sum("rank 1, one_shot: ends" in step for step in verdict.trace) == 1
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("places", [1, 2, 3, 4, 5])
+def test_a_ring_needs_four_places(places: int, reduced: bool) -> None:
+    verdict = search(Protocol(2, (ring(6, places),)), reduced)
+    assert (verdict.violation == "") == (places >= 4), verdict
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("back_places", [1, 2, 3, 4])
+@pytest.mark.parametrize("places", [2, 3, 4])
+def test_a_two_shot_ring_needs_four_places_for_shards_and_three_for_sums(
+    places: int, back_places: int, reduced: bool
+) -> None:
+    verdict = search(Protocol(2, (two_shot_ring(6, places, back_places),)), reduced)
+    assert (verdict.violation == "") == (places >= 4 and back_places >= 3), verdict
+
+
+def test_three_places_for_sums_are_enough_for_three_ranks() -> None:
+    assert_holds(Protocol(3, (two_shot_ring(4, places=4, back_places=3),)), reduced=True, at_least=10_000)
+
+
+# --- what breaks it
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_launch_whose_source_waits_for_nobody_is_caught(world: int, reduced: bool) -> None:
+    assert ONTO_FULL in search(Protocol(world, (one_shot(), broadcast())), reduced).violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_reduce_scatter_that_leaves_a_rank_without_a_shard_is_caught(reduced: bool) -> None:
+    kinds = (one_shot(), two_shot(owners=1, gather=False))
+    assert ONTO_FULL in search(Protocol(2, kinds), reduced).violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("kind", [ring, two_shot_ring])
+def test_a_reset_behind_the_fence_is_caught(kind: Callable[..., Kind], reduced: bool) -> None:
+    assert ONTO_FULL in search(Protocol(2, (kind(6, reset_after_fence=True),)), reduced).violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("kind", [ring, two_shot_ring])
+def test_a_ring_without_its_fence_is_caught(kind: Callable[..., Kind], reduced: bool) -> None:
+    assert ONTO_FULL in search(Protocol(2, (kind(6, fence=False),)), reduced).violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_emptying_as_many_places_as_the_present_launch_has_is_caught(reduced: bool) -> None:
+    verdict = search(Protocol(2, (one_shot(), two_shot()), empties="own"), reduced)
+    assert "other places are full at the end" in verdict.violation or WRONG_DATUM in verdict.violation
+
+
+def test_a_launch_that_does_not_wait_for_the_one_before_is_caught() -> None:
+    verdict = search(Protocol(2, (one_shot(),), boundary=False), reduced=False)
+    assert ONTO_FULL in verdict.violation or WRONG_DATUM in verdict.violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_one_bank_emptied_a_launch_later_gives_old_data(reduced: bool) -> None:
+    assert WRONG_DATUM in search(Protocol(2, (one_shot(),), banks=1), reduced).violation
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_waiting_for_what_nobody_sends_is_a_deadlock(reduced: bool) -> None:
+    kind = Kind("mute", lambda rank, world: [Op("poll", ((rank, 1 - rank, 0),))])
+    assert search(Protocol(2, (one_shot(), kind)), reduced).violation.startswith("deadlock: ranks [")

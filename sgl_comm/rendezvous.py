@@ -61,24 +61,26 @@ class Rendezvous:
         dist.all_gather(pieces, mine.to(self.device), group=self.group)
         return torch.cat(pieces).cpu()
 
-    def refuse_together(self, problem: str) -> None:
+    def refuse_together(self, problem: str, op: str = "init") -> None:
         """Raises ``SglCommError`` on every rank if any rank has a problem ("" where it has none)."""
         said = self.agree(problem)
         if said:
-            raise SglCommError(f"init: {problem or said}")
+            raise SglCommError(f"{op}: {problem or said}")
 
-    def must_be_alike(self, what: str, text: str) -> None:
+    def must_be_alike(self, what: str, text: str, op: str = "init") -> None:
         """Raises ``SglCommError`` on every rank if ``text`` differs between them; ``what`` names it in the error."""
-        theirs = self._texts(text)
+        theirs = self.texts(text)
         if len(set(theirs)) > 1:
-            raise SglCommError(f"init: got {what} {', '.join(theirs)} on ranks 0 to {self.world - 1}; expected one")
+            raise SglCommError(f"{op}: got {what} {', '.join(theirs)} on ranks 0 to {self.world - 1}; expected one")
 
     def agree(self, reason: str) -> str:
         """Tells all ranks why this one cannot go on ("" if it can). Returns the first rank's reason, alike on all."""
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(self._texts(reason)) if text), "")
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(self.texts(reason)) if text), "")
 
-    def _texts(self, text: str) -> list[str]:
-        """Every rank's text, in rank order."""
-        mine = torch.tensor(list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order; each is cut after 512 bytes."""
+        mine = torch.tensor(
+            list(text.encode(errors="replace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8
+        )
         rows = self.all_gather(mine).view(self.world, _TEXT_BYTES)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]

@@ -35,10 +35,16 @@ Tensor all_gather_any_device(const Tensor& input, const Text& group_name) {
   return all_gather("all_gather", input, group_name, group->world);
 }
 
-Tensor refuse_custom_all_reduce_v2(const Tensor& input, const Text&, const Text&) {
-  fail("sgl_comm::custom_all_reduce_v2: got ", describe(input),
+[[noreturn]] void refuse(const char* op, const Tensor& input) {
+  fail("sgl_comm::", op, ": got ", describe(input),
        "; expected a CUDA tensor and the package built with CUDA (see sgl_comm.build_info()); sgl_comm::all_reduce"
        " serves every device");
+}
+
+Tensor refuse_custom_all_reduce_v1(const Tensor& input, const Text&) { refuse("custom_all_reduce_v1", input); }
+
+Tensor refuse_custom_all_reduce_v2(const Tensor& input, const Text&, const Text&) {
+  refuse("custom_all_reduce_v2", input);
 }
 
 }  // namespace
@@ -49,5 +55,6 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::fallback::all_reduce_any_device));
   m.impl("reduce_scatter", TORCH_BOX(&sgl_comm::fallback::reduce_scatter_any_device));
   m.impl("all_gather", TORCH_BOX(&sgl_comm::fallback::all_gather_any_device));
+  m.impl("custom_all_reduce_v1", TORCH_BOX(&sgl_comm::fallback::refuse_custom_all_reduce_v1));
   m.impl("custom_all_reduce_v2", TORCH_BOX(&sgl_comm::fallback::refuse_custom_all_reduce_v2));
 }

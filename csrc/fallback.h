@@ -82,7 +82,7 @@ inline Tensor reduce_scatter(const char* op, const Tensor& input, const std::str
   const Tensor in = row_major(input);
   const python::Gil gil;
   const python::Ref sent = python::from_tensor(in);
-  const python::Ref arguments(Py_BuildValue("(Osis)", sent.get(), "sum", world, group_name.c_str()));
+  const python::Ref arguments(Py_BuildValue("(O s i s)", sent.get(), "sum", world, group_name.c_str()));
   return call_functional(op, "reduce_scatter_tensor", input, group_name, arguments, python::Ref(PyDict_New()));
 }
 
@@ -93,7 +93,7 @@ inline Tensor all_gather(const char* op, const Tensor& input, const std::string&
   const Tensor in = row_major(input);  // lives until the bytes have gone
   const python::Gil gil;
   const python::Ref sent = python::from_tensor(bytes_of(in)), received = python::from_tensor(bytes_of(out));
-  const python::Ref arguments(Py_BuildValue("(Ois)", sent.get(), world, group_name.c_str()));
+  const python::Ref arguments(Py_BuildValue("(O i s)", sent.get(), world, group_name.c_str()));
   const python::Ref keywords(Py_BuildValue("{sO}", "out", received.get()));
   call_functional(op, "all_gather_into_tensor_out", input, group_name, arguments, keywords);
   return out;

@@ -9,7 +9,10 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("all_reduce(Tensor input, str group_name, str reduce_op=\"sum\") -> Tensor");
   // The same, in place, for any strides.
   m.def("all_reduce_(Tensor(a!) input, str group_name, str reduce_op=\"sum\") -> ()");
-  // Push through an owned workspace (CUDA); an error, never a fallback, where it cannot. algo: auto, one_shot, ring.
+  // Pull over peer pointers (CUDA); an error, never a fallback, where it cannot.
+  m.def("custom_all_reduce_v1(Tensor input, str group_name) -> Tensor");
+  // Push through an owned workspace (CUDA); an error, never a fallback, where it cannot. algo: auto, one_shot,
+  // two_shot, one_shot_ring or two_shot_ring.
   m.def("custom_all_reduce_v2(Tensor input, str group_name, str algo=\"auto\") -> Tensor");
   // The sum of every rank's input, divided along dim 0 into a share a rank: rank r gets the r-th. Fresh and row-major.
   m.def("reduce_scatter(Tensor input, str group_name) -> Tensor");
@@ -24,12 +27,28 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");
-  m.def("_cuda_group_open(str group_name, int rank, int world) -> ()");
-  m.def("_cuda_group_close(str group_name) -> ()");
-  m.def("_v2_publish(str group_name, int device, int max_size, float timeout) -> Tensor");
+  m.def("_cuda_link(int device, int peer) -> int");
+  m.def("_v2_open(str group_name, int rank, int world, str backend) -> ()");
+  m.def("_v2_close(str group_name) -> ()");
+  m.def(
+      "_v2_publish(str group_name, int device, int max_size, int one_shot_bytes, int fallback_bytes, float timeout,"
+      " int first_epoch) -> Tensor");
   m.def("_v2_attach(str group_name, Tensor handles) -> str");
-  m.def("_v2_settle(str group_name, bool agreed) -> ()");
+  m.def("_v2_settle(str group_name, bool agreed, str reason) -> ()");
   m.def("_v2_fault(str group_name) -> str");
+  m.def("_v2_algorithm(str group_name, int bytes) -> str");
+  m.def("_v1_open(str group_name, int rank, int world) -> ()");
+  m.def("_v1_close(str group_name) -> ()");
+  m.def(
+      "_v1_publish(str group_name, int device, int max_size, int one_shot_bytes, int fallback_bytes, float timeout,"
+      " int first_epoch) -> Tensor");
+  m.def("_v1_attach(str group_name, Tensor handles) -> str");
+  m.def("_v1_settle(str group_name, bool agreed, str reason) -> ()");
+  m.def("_v1_fault(str group_name) -> str");
+  m.def("_v1_begin_capture(str group_name) -> ()");
+  m.def("_v1_end_capture(str group_name) -> Tensor");
+  m.def("_v1_register(str group_name, Tensor handles) -> str");
+  m.def("_v1_counts(str group_name) -> int[]");
 }
 
 // Importing the library is what registers the ops; the module itself is empty.

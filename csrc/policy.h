@@ -8,21 +8,48 @@
 
 namespace sgl_comm {
 
-enum class Algorithm { kOneShot, kRing };
+// One-shot: all to all, each sums everything. Two-shot: each sums a part and sends the sum to all. A ring is the same
+// for a message that the workspace cannot hold at once.
+enum class Algorithm { kOneShot, kTwoShot, kOneShotRing, kTwoShotRing };
 
-// slot_bytes: the most that one launch can push to a peer at once.
-inline Algorithm choose(int64_t bytes, int64_t slot_bytes) {
-  return bytes <= slot_bytes ? Algorithm::kOneShot : Algorithm::kRing;
+inline const char* name_of(Algorithm algorithm) {
+  constexpr const char* kNames[] = {"one_shot", "two_shot", "one_shot_ring", "two_shot_ring"};
+  return kNames[static_cast<int>(algorithm)];
 }
 
-// `wish` is "auto" or an algorithm's name, which must suit the message.
-inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, int64_t slot_bytes) {
-  if (wish == "auto") return choose(bytes, slot_bytes);
-  if (wish == "ring") return Algorithm::kRing;
-  SGL_CHECK(wish == "one_shot", op, ": got algo '", wish, "'; expected auto, one_shot or ring");
-  SGL_CHECK(bytes <= slot_bytes, op, ": got algo 'one_shot' for ", bytes,
-            " bytes; expected at most max_size = ", slot_bytes, " bytes");
-  return Algorithm::kOneShot;
+// From sgl_comm/thresholds.py.
+struct Thresholds {
+  int64_t one_shot_bytes;  // the largest message that goes by one-shot
+  int64_t fallback_bytes;  // above it the group's own backend serves; INT64_MAX where results must not depend on it
+  bool operator==(const Thresholds& other) const {
+    return one_shot_bytes == other.one_shot_bytes && fallback_bytes == other.fallback_bytes;
+  }
+};
+
+constexpr int64_t kPolicyPackBytes = 16;
+
+inline int64_t packs_of(int64_t bytes) { return (bytes + kPolicyPackBytes - 1) / kPolicyPackBytes; }
+
+// Packs of the largest shard of a message that `world` ranks share out.
+inline int64_t shard_packs_of(int64_t bytes, int world) { return (packs_of(bytes) + world - 1) / world; }
+
+inline bool fits(Algorithm algorithm, int64_t bytes, int world, int64_t bank_bytes) {
+  const int64_t packs = algorithm == Algorithm::kOneShot ? packs_of(bytes) : 2 * shard_packs_of(bytes, world);
+  return packs * (world - 1) <= bank_bytes / kPolicyPackBytes;
+}
+
+// `wish` is "auto" or an algorithm's name; one_shot and two_shot become a ring where the message does not fit.
+inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, int world, int64_t bank_bytes,
+                        const Thresholds& thresholds) {
+  for (const Algorithm ring : {Algorithm::kOneShotRing, Algorithm::kTwoShotRing}) {
+    if (wish == name_of(ring)) return ring;
+  }
+  SGL_CHECK(wish == "auto" || wish == "one_shot" || wish == "two_shot", op, ": got algo '", wish,
+            "'; expected auto, one_shot, two_shot, one_shot_ring or two_shot_ring");
+  const bool one_shot = wish == "one_shot" || (wish == "auto" && bytes <= thresholds.one_shot_bytes);
+  const Algorithm plain = one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot;
+  if (fits(plain, bytes, world, bank_bytes)) return plain;
+  return one_shot ? Algorithm::kOneShotRing : Algorithm::kTwoShotRing;
 }
 
 }  // namespace sgl_comm

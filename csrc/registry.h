@@ -32,7 +32,9 @@ struct Group {
   int rank = 0;
   int world = 1;
   int fork_depth = 0;
+  std::string backend;  // the group's own, which the fallback uses: "gloo", "nccl", ...
   std::unique_ptr<Communicator> communicator;
+  std::string reason;                // why there is none
   std::atomic<bool> settled{false};  // the communicator stays as it is from here on
 };
 
@@ -55,11 +57,12 @@ class Registry {
   }
 
   // A name of the parent's may be opened anew in a forked child.
-  void open(const std::string& name, int rank, int world) {
+  void open(const std::string& name, int rank, int world, const std::string& backend = "") {
     auto group = std::make_shared<Group<Communicator>>();
     group->name = name;
     group->rank = rank;
     group->world = world;
+    group->backend = backend;
     group->fork_depth = fork_depth().load();
     std::unique_lock lock(mutex_);
     GroupPtr& place = groups_[name];
@@ -79,6 +82,32 @@ class Registry {
     groups_.erase(place);
     closed_.insert(name);
     return group;
+  }
+
+  // The end of set-up: all ranks have agreed on whether the communicator serves, or on why it does not.
+  void settle(const std::string& name, bool agreed, const std::string& reason = "") {
+    const GroupPtr group = find_open("init", name);
+    group->reason = reason;
+    if (agreed) {
+      group->communicator->settle();
+    } else {
+      group->communicator.reset();
+    }
+    group->settled.store(true, std::memory_order_release);
+  }
+
+  // Why the group's communicator has become unusable; empty while it is not.
+  std::string fault(const std::string& name) const {
+    const GroupPtr group = find("check", name);
+    return group->communicator ? group->communicator->fault() : "";
+  }
+
+  // For calls that may do without: null where there is no such group, or not yet.
+  GroupPtr find_if_settled(const std::string& name) const {
+    std::shared_lock lock(mutex_);
+    const auto place = groups_.find(name);
+    if (place == groups_.end() || place->second->fork_depth != fork_depth().load()) return nullptr;
+    return place->second->settled.load(std::memory_order_acquire) ? place->second : nullptr;
   }
 
   // For calls: only a settled group.

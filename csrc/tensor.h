@@ -107,6 +107,12 @@ inline bool overlaps_itself(const Tensor& tensor) {
   }
 }
 
+// An error where the tensor cannot hold a result of its own in place.
+inline void check_disjoint(const char* op, const Tensor& tensor) {
+  SGL_CHECK(!overlaps_itself(tensor), op, ": got ", describe(tensor),
+            " in which several elements share memory (expand); expected a tensor that can hold its result in place");
+}
+
 // Runs work(row-major tensor) so that the result ends in `tensor`, whatever its strides.
 template <typename Work>
 void in_place(const char* op, Tensor& tensor, Work&& work) {
@@ -114,8 +120,7 @@ void in_place(const char* op, Tensor& tensor, Work&& work) {
     work(tensor);
     return;
   }
-  SGL_CHECK(!overlaps_itself(tensor), op, ": got ", describe(tensor),
-            " in which several elements share memory (expand); expected a tensor that can hold its result in place");
+  check_disjoint(op, tensor);
   Tensor copy = torch::stable::contiguous(tensor);
   work(copy);
   torch::stable::copy_(tensor, copy);

@@ -18,7 +18,8 @@ from sgl_comm import _inductor
 
 _ops = torch.ops.sgl_comm
 _EFFECTFUL = tuple(
-    getattr(_ops, name).default for name in ("all_reduce", "custom_all_reduce_v2", "reduce_scatter", "all_gather")
+    getattr(_ops, name).default
+    for name in ("all_reduce", "custom_all_reduce_v1", "custom_all_reduce_v2", "reduce_scatter", "all_gather")
 )
 
 world_sizes: dict[str, int] = {}
@@ -53,6 +54,11 @@ def _check_rows(op: str, input: Tensor, group_name: str) -> int:
 @register_fake("sgl_comm::all_reduce")
 def _all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
     return _result_of("all_reduce", input, input.shape)
+
+
+@register_fake("sgl_comm::custom_all_reduce_v1")
+def _custom_all_reduce_v1(input: Tensor, group_name: str) -> Tensor:
+    return _result_of("custom_all_reduce_v1", input, input.shape)
 
 
 @register_fake("sgl_comm::custom_all_reduce_v2")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgl_comm import _library
+from sgl_comm import _library, capability
 from sgl_comm import ops as sgl_ops
+from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
 from sgl_comm.errors import SglCommError
+from sgl_comm.explanation import Explanation, explain
 from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
 
@@ -36,8 +39,9 @@ def init(
         group: a ``torch.distributed`` group (gloo or NCCL) that this process is in; None for the default group.
         device: where most tensors will be: "cpu", or this rank's GPU ("cuda", "cuda:1", 1). None takes the current
             GPU if the group's backend is NCCL, else the CPU. CPU tensors are served either way.
-        max_size: bytes a rank's largest one-launch message may have (default 4 MiB); bounds the GPU workspace to
-            2 * world * max_size and a little, and nothing else: larger messages pass through it in chunks.
+        max_size: bounds the GPU workspace of the push kernels to 3 * (world - 1) * max_size bytes a rank and a little,
+            and nothing else: larger messages pass through it in pieces. A multiple of 65536. By default 4 MiB, or as
+            much less as keeps the workspace at 48 MiB; the pull kernels' takes up to 14 MiB more.
 
     Returns:
         The group's ``Communicator``; also a context manager.
@@ -66,33 +70,51 @@ class Communicator:
         link.must_be_alike("devices", self.device.type)
         _forget_dead_group(link)
         self._group = weakref.ref(link.group)
-        self._fallback = link.backend
+        self._fallback = link.backend_for(self.device.type)
         self._closed = False
         self._shm = ShmAllReduce(link.group, self.device)
         self._v2: CustomAllReduceV2 | None = None
+        self._v1: CustomAllReduceV1 | None = None
         try:
             if self.device.type == "cuda":
-                self._v2 = CustomAllReduceV2(link.group, self.device, max_size)
+                found = capability.survey(link, self.device)
+                self._v2 = CustomAllReduceV2(link.group, self.device, max_size, found=found)
+                self._v1 = CustomAllReduceV1(link.group, self.device, found=found)
             elif not _library.cuda_missing:  # a CUDA tensor takes the fallback
-                _ops._cuda_group_open(link.name, link.rank, link.world)
-                _ops._v2_settle(link.name, False)
+                _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"))
+                _ops._v2_settle(link.name, False, "the group was initialised with device='cpu'")
         except BaseException:
-            self._shm.close()
+            self._close_all()
             raise
         _live[link.name] = self
         logger.log(logging.INFO if not self.reason else logging.WARNING, "%s", self)
 
     @property
     def backend(self) -> str:
-        """What serves sums of float tensors on ``device``: "v2", "shm", or the group's own backend ("gloo", "nccl")."""
-        if self._v2 is not None:
-            return self._fallback if self._v2.disabled else "v2"
-        return self._fallback if self._shm.disabled else "shm"
+        """What serves sums of float tensors on ``device``: "v2", "v1", "shm", or the group's own ("gloo", "nccl")."""
+        if self._v2 is None or self._v1 is None:
+            return self._fallback if self._shm.disabled else "shm"
+        return self._fallback if self._v1.disabled and self._v2.disabled else "v1" if self._v2.disabled else "v2"
 
     @property
     def reason(self) -> str:
-        """Why nothing better than the group's own backend serves; empty where something does."""
-        return self._v2.reason if self._v2 is not None else self._shm.reason
+        """Why nothing better serves; empty where the best there is does."""
+        if self._v2 is None or self._v1 is None:
+            return self._shm.reason
+        also = self._v1.disabled and self._v1.reason != self._v2.reason
+        return f"{self._v2.reason}; V1 neither: {self._v1.reason}" if also and self._v2.reason else self._v2.reason
+
+    def explain(self, input: Tensor, reduce_op: str = "sum") -> Explanation:
+        """What serves ``all_reduce`` of this tensor, by which algorithm, why nothing better, and what would help."""
+        return explain(self._shm, self._v1, self._v2, self._fallback, input, reduce_op)
+
+    def capture(self) -> AbstractContextManager[None]:
+        """Around the capture of CUDA graphs. Collective: an error on one rank inside it is one on all.
+
+        Only V1 needs it, so that peers find the inputs of its captured calls; a graph that holds such calls may be
+        replayed once every rank has left it. See ``CustomAllReduceV1.capture``.
+        """
+        return (self._v1 or self._shm).capture()
 
     def __repr__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
@@ -124,7 +146,8 @@ class Communicator:
         """
         if self._closed:
             raise SglCommError(f"check: the communicator of group {self.group_name!r} is closed")
-        fault = self._shm.fault() or (self._v2.fault() if self._v2 is not None else "")
+        parts = [part for part in (self._shm, self._v1, self._v2) if part is not None]
+        fault = next(filter(None, (part.fault() for part in parts)), "")
         if fault:
             raise SglCommError(f"check: rank {self.rank} of group {self.group_name!r}: {fault}")
 
@@ -139,10 +162,15 @@ class Communicator:
         self._closed = True
         if _live.get(self.group_name) is self:
             del _live[self.group_name]
+        self._close_all()
+
+    def _close_all(self) -> None:
+        if self._v1 is not None:
+            self._v1.close()
         if self._v2 is not None:
             self._v2.close()
-        elif not _library.cuda_missing:
-            _ops._cuda_group_close(self.group_name)
+        elif self.device.type == "cpu" and not _library.cuda_missing:
+            _ops._v2_close(self.group_name)
         self._shm.close()
 
     def __enter__(self) -> Communicator:
@@ -164,7 +192,7 @@ def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tup
     """The device that is meant, and what is wrong with it or an empty text."""
     chosen = _as_torch_device(device)
     if chosen is None:
-        chosen = torch.device("cuda" if "nccl" in link.backend and torch.cuda.is_available() else "cpu")
+        chosen = torch.device("cuda" if link.backend_for("cuda") == "nccl" and torch.cuda.is_available() else "cpu")
     if chosen.type == "cpu":
         return chosen, ""
     if chosen.type != "cuda":

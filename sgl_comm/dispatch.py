@@ -75,7 +75,7 @@ def _log(link: Rendezvous, device: torch.device, found: Survey) -> None:
     elif not found.v1:
         level, said = logging.WARNING, f"CustomAllReduceV1, since V2 cannot: {found.v2}"
     else:
-        level, said = logging.WARNING, f"{link.backend}, since V2 cannot: {found.v2}"
+        level, said = logging.WARNING, f"{link.backend_for(device.type)}, since V2 cannot: {found.v2}"
         said += "" if found.v1 == found.v2 else f"; V1 cannot: {found.v1}"
     line = f"sgl_comm: group {link.name!r}, rank {link.rank} of {link.world}, {device}: served by {said}"
     if line not in _logged:

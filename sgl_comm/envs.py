@@ -41,13 +41,19 @@ FIRST_EPOCH = EnvVar(
     "For tests: the number that a communicator's steps and epochs are counted from (0 to 2**62), alike on all ranks."
     " Read by init().",
 )
+INVARIANT = EnvVar(
+    "SGL_COMM_INVARIANT",
+    "1",
+    "1: where the package's kernels serve a group, they serve every size, so that a result never depends on its size."
+    " 0: NCCL takes over above its threshold. Alike on all ranks. Read by init().",
+)
 BUILD_CUDA = EnvVar(
     "SGL_COMM_BUILD_CUDA",
     "",
     "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
 )
 
-ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, BUILD_CUDA)
+ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, BUILD_CUDA)
 
 
 def timeout_seconds() -> float:
@@ -77,6 +83,18 @@ def first_epoch() -> int:
     if not 0 <= number <= 1 << 62:
         raise SglCommError(f"got {FIRST_EPOCH.name}={text!r}; expected a whole number from 0 to 2**62")
     return number
+
+
+def invariant() -> bool:
+    """``SGL_COMM_INVARIANT``.
+
+    Raises:
+        SglCommError: if it is neither 0 nor 1.
+    """
+    text = INVARIANT.text()
+    if text not in ("0", "1"):
+        raise SglCommError(f"got {INVARIANT.name}={text!r}; expected 0 or 1")
+    return text == "1"
 
 
 def warn_about_unknown_names() -> None:

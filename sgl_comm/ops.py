@@ -61,13 +61,33 @@ def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
         _ops.all_reduce_(input, group_name, reduce_op)
 
 
+def custom_all_reduce_v1(input: Tensor, group_name: str) -> Tensor:
+    """The sum of every rank's ``input`` by the pull kernels; an error, never a fallback, where they cannot.
+
+    Args:
+        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
+        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device; the same bits as ``all_reduce``'s.
+
+    Raises:
+        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.custom_all_reduce_v1(input, group_name)
+    with own_errors():
+        return _ops.custom_all_reduce_v1(input, group_name)
+
+
 def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> Tensor:
     """The sum of every rank's ``input`` by the push kernels; an error, never a fallback, where they cannot.
 
     Args:
         input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
         group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
-        algo: "auto", "one_shot" (messages up to the workspace's slot) or "ring" (any size).
+        algo: "auto"; "one_shot" (all to all) or "two_shot" (each rank sums a part), in pieces where the workspace
+            cannot hold the message; "one_shot_ring" or "two_shot_ring", in pieces whatever the size.
 
     Returns:
         A new row-major tensor of the input's shape, dtype and device; the same bits whatever the algorithm.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import get_backend_config
 
 from sgl_comm.errors import SglCommError
 
@@ -48,10 +51,22 @@ class Rendezvous:
             device = torch.device("cuda", torch.cuda.current_device())
         return Rendezvous(group, group.group_name, dist.get_rank(group), dist.get_world_size(group), device)
 
-    @property
-    def backend(self) -> str:
-        """The group's own backend: "gloo", "nccl", ..."""
-        return str(dist.get_backend(self.group))
+    def backend_for(self, device_type: str) -> str:
+        """The group's own backend for tensors of this type of device: "gloo", "nccl", ...; "none" if it has none."""
+        pairs = dict(part.partition(":")[::2] for part in str(get_backend_config(self.group)).split(","))
+        return pairs.get(device_type, "none") or str(dist.get_backend(self.group))
+
+    @staticmethod
+    def again(group: Callable[[], ProcessGroup | None], device: torch.device, op: str) -> Rendezvous:
+        """The same group later on, by a weak reference to it.
+
+        Raises:
+            SglCommError: the group is gone.
+        """
+        held = group()
+        if held is None:
+            raise SglCommError(f"{op}: the group is gone; expected it to live as long as its communicator")
+        return Rendezvous.of(held, device)
 
     def all_gather(self, mine: Tensor) -> Tensor:
         """Every rank's 1-D uint8 tensor of one length, one after the other in rank order, on the CPU."""
@@ -84,3 +99,22 @@ class Rendezvous:
         )
         rows = self.all_gather(mine).view(self.world, _TEXT_BYTES)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+@contextmanager
+def shared_status(link: Rendezvous, op: str) -> Iterator[None]:
+    """A stretch of code on all ranks whose end is collective: an error on one rank is an error on all.
+
+    Raises:
+        SglCommError: another rank raised an error in it. The rank itself raises its own.
+    """
+    problem = ""
+    try:
+        yield
+    except BaseException as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        said = link.agree(problem)
+        if said and not problem:
+            raise SglCommError(f"{op}: {said}")

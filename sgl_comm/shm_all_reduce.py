@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from torch.distributed import ProcessGroup
 from sgl_comm import _fake, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
-from sgl_comm.rendezvous import Rendezvous
+from sgl_comm.rendezvous import Rendezvous, shared_status
 
 _ops = torch.ops.sgl_comm
 
@@ -47,6 +48,8 @@ class ShmAllReduce:
     ) -> None:
         link = Rendezvous.of(group, torch.device(device))
         self.group_name = link.name
+        self._group = weakref.ref(link.group)
+        self._device = link.device
         self._closed = False
         problem = _try_to_open(link)
         try:
@@ -76,8 +79,13 @@ class ShmAllReduce:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Nothing needs registering on the CPU."""
-        yield
+        """Around the capture of CUDA graphs, of which the CPU takes no part. Collective, as on GPUs.
+
+        Raises:
+            SglCommError: another rank raised an error inside it.
+        """
+        with shared_status(Rendezvous.again(self._group, self._device, "capture"), "capture"):
+            yield
 
     def fault(self) -> str:
         """Why the communicator has become unusable; empty while it is not."""

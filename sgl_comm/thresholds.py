@@ -32,7 +32,7 @@ class Thresholds:
 
     Attributes:
         one_shot_bytes: up to here one shot; two shots above.
-        fallback_bytes: from here on NCCL, where results may depend on the size (``SGL_COMM_INVARIANT=0``).
+        fallback_bytes: above it NCCL, where results may depend on the size (``SGL_COMM_INVARIANT=0``).
     """
 
     one_shot_bytes: int

@@ -34,20 +34,9 @@ std::string shm_attach(const Text& name, const Tensor& bytes) {
   return group->communicator->attach(from_bytes<ShmHandle>(bytes, group->world));
 }
 
-void shm_settle(const Text& name, bool agreed) {
-  const auto group = groups().find_open("init", name);
-  if (agreed) {
-    group->communicator->settle();
-  } else {
-    group->communicator.reset();
-  }
-  group->settled.store(true, std::memory_order_release);
-}
+void shm_settle(const Text& name, bool agreed) { groups().settle(name, agreed); }
 
-std::string shm_fault(const Text& name) {
-  const auto group = groups().find("check", name);
-  return group->communicator ? group->communicator->fault() : "";
-}
+std::string shm_fault(const Text& name) { return groups().fault(name); }
 
 }  // namespace
 

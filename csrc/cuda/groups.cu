@@ -1,12 +1,13 @@
-// Set-up and tear-down of groups, as ops that Python's CustomAllReduceV2 calls; and the library's Python module.
+// Set-up and tear-down of groups, as ops that Python's CustomAllReduceV1 and V2 call; and the library's Python module.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "cuda/all_reduce.h"
 #include "cuda/cuda_check.h"
 #include "cuda/groups.h"
 #include "handles.h"
@@ -16,50 +17,120 @@ namespace sgl_comm::cuda {
 
 namespace {
 
-void group_open(const Text& name, int64_t rank, int64_t world) {
-  groups().open(name, static_cast<int>(rank), static_cast<int>(world));
-}
-
-void group_close(const Text& name) { groups().close(name); }
-
 // A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
-Tensor v2_publish(const Text& name, int64_t device, int64_t max_size, double timeout) {
-  const auto group = groups().find_open("init", name);
-  HandleV2 handle{};
+template <typename Group, typename Make>
+Tensor publish(Group& group, int64_t device, Make&& make) {
+  auto handle = decltype(group.communicator->publish()){};
   try {
     const DeviceScope scope(static_cast<int>(device));
-    group->communicator = std::make_unique<CommunicatorV2>(name, group->rank, group->world, static_cast<int>(device),
-                                                           max_size > 0 ? max_size : CommunicatorV2::kDefaultSlotBytes,
-                                                           timeout, load_all_reduce_kernels(group->world));
-    handle = group->communicator->publish();
+    group.communicator = make();
+    handle = group.communicator->publish();
   } catch (const std::exception& error) {
-    group->communicator.reset();
+    group.communicator.reset();
     handle = {};
     std::strncpy(handle.failure, error.what(), sizeof handle.failure - 1);
   }
   return to_bytes(handle);
 }
 
+template <typename Group>
+std::string attach(Group& group, const Tensor& bytes) {
+  using Handle = decltype(group.communicator->publish());
+  const auto handles = from_bytes<Handle>(bytes, group.world);
+  return group.communicator ? group.communicator->attach(handles) : std::string(handles[group.rank].failure);
+}
+
+void v2_open(const Text& name, int64_t rank, int64_t world, const Text& backend) {
+  groups_v2().open(name, static_cast<int>(rank), static_cast<int>(world), backend);
+}
+
+void v2_close(const Text& name) { groups_v2().close(name); }
+
+Tensor v2_publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t fallback_bytes,
+                  double timeout, int64_t first_epoch) {
+  const auto group = groups_v2().find_open("init", name);
+  return publish(*group, device, [&] {
+    return std::make_unique<CommunicatorV2>(group->rank, group->world, static_cast<int>(device), max_size,
+                                            Thresholds{one_shot_bytes, fallback_bytes}, timeout,
+                                            static_cast<uint64_t>(first_epoch));
+  });
+}
+
 std::string v2_attach(const Text& name, const Tensor& bytes) {
-  const auto group = groups().find_open("init", name);
-  const auto handles = from_bytes<HandleV2>(bytes, group->world);
-  if (group->communicator) return group->communicator->attach(handles);
-  return handles[group->rank].failure;
+  return attach(*groups_v2().find_open("init", name), bytes);
 }
 
-void v2_settle(const Text& name, bool agreed) {
-  const auto group = groups().find_open("init", name);
-  if (agreed) {
-    group->communicator->settle();
-  } else {
-    group->communicator.reset();
+void v2_settle(const Text& name, bool agreed, const Text& reason) { groups_v2().settle(name, agreed, reason); }
+
+std::string v2_fault(const Text& name) { return groups_v2().fault(name); }
+
+// By which algorithm a message of so many bytes goes.
+std::string v2_algorithm(const Text& name, int64_t bytes) {
+  const auto group = groups_v2().find("explain", name);
+  SGL_CHECK(group->communicator != nullptr, "explain: the push kernels do not serve group '", name, "'");
+  const CommunicatorV2& comm = *group->communicator;
+  return name_of(choose("explain", "auto", bytes, comm.world(), comm.bank_bytes(), comm.thresholds()));
+}
+
+void v1_open(const Text& name, int64_t rank, int64_t world) {
+  groups_v1().open(name, static_cast<int>(rank), static_cast<int>(world));
+}
+
+void v1_close(const Text& name) { groups_v1().close(name); }
+
+Tensor v1_publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t fallback_bytes,
+                  double timeout, int64_t first_epoch) {
+  const auto group = groups_v1().find_open("init", name);
+  return publish(*group, device, [&] {
+    return std::make_unique<CommunicatorV1>(group->rank, group->world, static_cast<int>(device), max_size,
+                                            Thresholds{one_shot_bytes, fallback_bytes}, timeout,
+                                            static_cast<uint64_t>(first_epoch));
+  });
+}
+
+std::string v1_attach(const Text& name, const Tensor& bytes) {
+  return attach(*groups_v1().find_open("init", name), bytes);
+}
+
+void v1_settle(const Text& name, bool agreed, const Text& reason) { groups_v1().settle(name, agreed, reason); }
+
+std::string v1_fault(const Text& name) { return groups_v1().fault(name); }
+
+// For calls of a capture(): the communicator, which must be there.
+GraphInputs& graph_inputs(const std::string& name) {
+  const auto group = groups_v1().find("capture", name);
+  SGL_CHECK(group->communicator != nullptr, "capture: the pull kernels do not serve group '", name, "'");
+  return group->communicator->graph_inputs();
+}
+
+void v1_begin_capture(const Text& name) { graph_inputs(name).begin(); }
+
+Tensor v1_end_capture(const Text& name) {
+  const std::vector<InputHandle> handles = graph_inputs(name).end();
+  const auto bytes = static_cast<int64_t>(handles.size() * sizeof(InputHandle));
+  Tensor out = torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte);
+  if (bytes > 0) std::memcpy(out.mutable_data_ptr(), handles.data(), bytes);
+  return out;
+}
+
+std::string v1_register(const Text& name, const Tensor& bytes) {
+  std::vector<InputHandle> handles(bytes.numel() / sizeof(InputHandle));
+  if (!handles.empty()) {
+    std::memcpy(handles.data(), row_major(bytes).const_data_ptr(), handles.size() * sizeof(InputHandle));
   }
-  group->settled.store(true, std::memory_order_release);
+  return graph_inputs(name).fill_in(handles);
 }
 
-std::string v2_fault(const Text& name) {
-  const auto group = groups().find("check", name);
-  return group->communicator ? group->communicator->fault() : "";
+std::vector<int64_t> v1_counts(const Text& name) { return graph_inputs(name).counts(); }
+
+// What the driver says of two devices of this process: 0 no access, 1 peer access, 2 with native atomics (NVLink).
+int64_t link_of(int64_t device, int64_t peer) {
+  int can = 0, native = 0;
+  SGL_CUDA_CHECK("init", cudaDeviceCanAccessPeer(&can, static_cast<int>(device), static_cast<int>(peer)));
+  if (can == 0) return 0;
+  SGL_CUDA_CHECK("init", cudaDeviceGetP2PAttribute(&native, cudaDevP2PAttrNativeAtomicSupported,
+                                                   static_cast<int>(device), static_cast<int>(peer)));
+  return native != 0 ? 2 : 1;
 }
 
 }  // namespace
@@ -67,12 +138,24 @@ std::string v2_fault(const Text& name) {
 }  // namespace sgl_comm::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_group_open", TORCH_BOX(&sgl_comm::cuda::group_open));
-  m.impl("_cuda_group_close", TORCH_BOX(&sgl_comm::cuda::group_close));
+  m.impl("_cuda_link", TORCH_BOX(&sgl_comm::cuda::link_of));
+  m.impl("_v2_open", TORCH_BOX(&sgl_comm::cuda::v2_open));
+  m.impl("_v2_close", TORCH_BOX(&sgl_comm::cuda::v2_close));
   m.impl("_v2_publish", TORCH_BOX(&sgl_comm::cuda::v2_publish));
   m.impl("_v2_attach", TORCH_BOX(&sgl_comm::cuda::v2_attach));
   m.impl("_v2_settle", TORCH_BOX(&sgl_comm::cuda::v2_settle));
   m.impl("_v2_fault", TORCH_BOX(&sgl_comm::cuda::v2_fault));
+  m.impl("_v2_algorithm", TORCH_BOX(&sgl_comm::cuda::v2_algorithm));
+  m.impl("_v1_open", TORCH_BOX(&sgl_comm::cuda::v1_open));
+  m.impl("_v1_close", TORCH_BOX(&sgl_comm::cuda::v1_close));
+  m.impl("_v1_publish", TORCH_BOX(&sgl_comm::cuda::v1_publish));
+  m.impl("_v1_attach", TORCH_BOX(&sgl_comm::cuda::v1_attach));
+  m.impl("_v1_settle", TORCH_BOX(&sgl_comm::cuda::v1_settle));
+  m.impl("_v1_fault", TORCH_BOX(&sgl_comm::cuda::v1_fault));
+  m.impl("_v1_begin_capture", TORCH_BOX(&sgl_comm::cuda::v1_begin_capture));
+  m.impl("_v1_end_capture", TORCH_BOX(&sgl_comm::cuda::v1_end_capture));
+  m.impl("_v1_register", TORCH_BOX(&sgl_comm::cuda::v1_register));
+  m.impl("_v1_counts", TORCH_BOX(&sgl_comm::cuda::v1_counts));
 }
 
 // Importing the library is what registers its ops; the module itself is empty.

@@ -10,13 +10,18 @@ namespace {
 constexpr size_t kBlock = 2 << 20;  // IPC maps whole blocks of this size
 }
 
-Workspace::Workspace(int world, int64_t slot_bytes) {
-  bytes_ = (device::kControlBytes + 2 * world * slot_bytes + kBlock - 1) / kBlock * kBlock;
+Workspace::Workspace(size_t bytes, int fill, uint64_t first_epoch) {
+  const size_t rounded = (device::kControlBytes + bytes + kBlock - 1) / kBlock * kBlock;
   void* memory = nullptr;
-  SGL_CUDA_CHECK("init", cudaMalloc(&memory, bytes_));
+  SGL_CUDA_CHECK("init", cudaMalloc(&memory, rounded));
   data_ = static_cast<uint8_t*>(memory);
+  device::Control control{};
+  control.started = first_epoch * device::kEpoch;
+  control.ended = first_epoch;
+  control.last[0] = control.last[1] = device::packed_last(device::kLastBank, 0);
   SGL_CUDA_CHECK("init", cudaMemset(data_, 0, device::kControlBytes));
-  SGL_CUDA_CHECK("init", cudaMemset(data_ + device::kControlBytes, 0xff, bytes_ - device::kControlBytes));
+  SGL_CUDA_CHECK("init", cudaMemcpy(data_, &control, sizeof control, cudaMemcpyHostToDevice));
+  SGL_CUDA_CHECK("init", cudaMemset(data_ + device::kControlBytes, fill, rounded - device::kControlBytes));
   SGL_CUDA_CHECK("init", cudaDeviceSynchronize());
 }
 

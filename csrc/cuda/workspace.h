@@ -1,4 +1,4 @@
-// One rank's memory that its peers write into: one plain cudaMalloc, opened by each peer once.
+// One rank's memory that its peers write into or read from: one plain cudaMalloc, opened by each peer once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +17,8 @@ struct WorkspaceHandle {
 // The rank's own workspace. Freed by the destructor; the owner sees to it that no peer has it open then.
 class Workspace {
  public:
-  // Allocates for `world` senders of slot_bytes each, twice, and fills the slots with the sentinel.
-  Workspace(int world, int64_t slot_bytes);
+  // A Control at `first_epoch`, then `bytes` of which each is `fill`.
+  Workspace(size_t bytes, int fill, uint64_t first_epoch);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -28,7 +28,6 @@ class Workspace {
 
  private:
   uint8_t* data_ = nullptr;
-  size_t bytes_ = 0;
 };
 
 // A peer's workspace, mapped here; a peer of this very process is its plain address.

@@ -1,7 +1,7 @@
 """Helpers for tests of code that communicates: real ranks, awkward values, memory layouts, bitwise comparison."""
 
 from sgl_comm.testing.ranks import Dead, RankError, RankPool, RankTimeout, close_pools, run_ranks
-from sgl_comm.testing.simulated import SimulatedRank, make_simulated
+from sgl_comm.testing.simulated import SimulatedRank, capture_simulated, make_simulated
 from sgl_comm.testing.tensors import (
     Layout,
     Placed,
@@ -24,6 +24,7 @@ __all__ = [
     "SimulatedRank",
     "assert_bits_equal",
     "bits_equal",
+    "capture_simulated",
     "close_pools",
     "layouts",
     "make_simulated",

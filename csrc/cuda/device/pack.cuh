@@ -103,41 +103,66 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kCount]) {
   return T::pack(total);
 }
 
+// Elements without a value, for what is moved and not summed.
+struct Bytes {
+  using Bits = uint8_t;
+};
+struct BytePairs {
+  using Bits = uint16_t;
+};
+
+template <typename T>
+constexpr int64_t kElements = kPackBytes / sizeof(typename T::Bits);  // of a pack
+
 // A row-major array of T seen as packs. kWhole: 16-byte aligned and a whole number of packs; else neither is assumed,
-// and the last pack is padded with zeros.
+// and the last pack is padded with zeros. This one is for packs that exist.
 template <typename T, bool kWhole>
-__device__ __forceinline__ uint4 load_pack(const void* array, int64_t count, int64_t index) {
+__device__ __forceinline__ uint4 load_existing(const void* array, int64_t count, int64_t index) {
   using Bits = typename T::Bits;
   if constexpr (kWhole) {
     return ptx::load_input(static_cast<const uint4*>(array) + index);
   } else {
-    constexpr int kElements = kPackBytes / sizeof(Bits), kPerWord = 4 / sizeof(Bits);
+    constexpr int kPerWord = 4 / sizeof(Bits);
     const Bits* elements = static_cast<const Bits*>(array);
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const int64_t place = index * kElements + i;
+    for (int i = 0; i < kElements<T>; ++i) {
+      const int64_t place = index * kElements<T> + i;
       if (place < count) words[i / kPerWord] |= uint32_t{elements[place]} << (i % kPerWord * 8 * sizeof(Bits));
     }
     return {words[0], words[1], words[2], words[3]};
   }
 }
 
+// The same for any index: beyond the end all is zeros.
 template <typename T, bool kWhole>
-__device__ __forceinline__ void store_pack(void* array, int64_t count, int64_t index, uint4 v) {
+__device__ __forceinline__ uint4 load_pack(const void* array, int64_t count, int64_t index) {
+  if (kWhole && index * kElements<T> >= count) return {0, 0, 0, 0};
+  return load_existing<T, kWhole>(array, count, index);
+}
+
+// Writes what of the pack lies within the array; some of it does.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void store_existing(void* array, int64_t count, int64_t index, uint4 v) {
   using Bits = typename T::Bits;
   if constexpr (kWhole) {
     static_cast<uint4*>(array)[index] = v;
   } else {
-    constexpr int kElements = kPackBytes / sizeof(Bits), kPerWord = 4 / sizeof(Bits);
+    constexpr int kPerWord = 4 / sizeof(Bits);
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
     Bits* elements = static_cast<Bits*>(array);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const int64_t place = index * kElements + i;
+    for (int i = 0; i < kElements<T>; ++i) {
+      const int64_t place = index * kElements<T> + i;
       if (place < count) elements[place] = static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Bits)));
     }
   }
+}
+
+// The same for any index.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void store_pack(void* array, int64_t count, int64_t index, uint4 v) {
+  if (!kWhole || index * kElements<T> < count) store_existing<T, kWhole>(array, count, index, v);
 }
 
 }  // namespace sgl_comm::device

@@ -38,6 +38,16 @@ __device__ __forceinline__ ulonglong2 load_pair(const void* p) {
   return v;
 }
 
+// A flag of a peer's, and of one's own. What is written before the store is seen after a load that sees it.
+__device__ __forceinline__ void store_release_sys(unsigned long long* p, unsigned long long v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ unsigned long long load_acquire_sys(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
 // 16 bytes of the caller's tensor. Volatile, so that it is asked for where it stands in the program: before the epoch.
 __device__ __forceinline__ uint4 load_input(const void* p) {
   uint4 v;
@@ -62,6 +72,12 @@ __device__ __forceinline__ void launch_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// The value, in a register from here on: a kernel's parameter is otherwise fetched anew wherever it is used.
+__device__ __forceinline__ int in_register(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 __device__ __forceinline__ uint64_t nanoseconds() {

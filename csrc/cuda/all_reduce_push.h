@@ -1,0 +1,14 @@
+// The sum over the ranks by the push kernels.
+#pragma once
+
+#include <string>
+
+#include "cuda/communicator_v2.h"
+#include "tensor.h"
+
+namespace sgl_comm::cuda {
+
+// Sums `in` over the ranks into `out` (which may be `in`), on the current stream of their device. Both row-major.
+void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out, const std::string& algo);
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,176 @@
+// The pull protocol: ranks read each other's inputs through peer pointers, between barriers.
+//
+// Who writes what, when. Rank p's workspace has flags, one for each block and peer; a staging place for its input; and
+// a place for its sums. A block of rank p writes the flag of the same block at every peer. The input lies in p's own
+// tensor, or in its staging place, where the kernel copies it first.
+// Why reuse is safe. A launch has two barriers, each of all ranks' blocks of one number. Before the first a block has
+// copied its packs; a peer's block of that number reads just those. No rank passes the second before every rank has
+// read its inputs (in two-shot: has made its sums), so what follows may overwrite them; the sums of a launch are
+// overwritten after the first barrier of the next, which a rank reaches when it has read them. Flags only grow: by 2 an
+// epoch. Raising a flag is a release, waiting for it an acquire; a block's own barrier stands on either side.
+#pragma once
+
+#include "cuda/device/message.cuh"
+
+namespace sgl_comm::device {
+
+constexpr int kMaxPullBlocks = 256;
+constexpr int64_t kFlagBytes = int64_t{kMaxPullBlocks} * kMaxRanks * sizeof(unsigned long long);
+
+// Where each rank's input of one captured call lies, as mapped here. All null until it has been filled in.
+struct PullEntry {
+  const void* input[kMaxRanks];
+};
+
+// Offsets in every rank's workspace.
+struct PullView {
+  GroupView group;
+  int64_t staging;
+  int64_t sums;
+};
+
+struct PullMessage {
+  PullView view;
+  const void* in;
+  void* out;               // may be `in` if `stage`
+  const PullEntry* entry;  // null: every rank's input is in its staging place
+  int64_t count;           // elements
+  int64_t num_packs;       // of the input, or of a shard in two-shot
+  bool stage;              // this rank's input is to be copied to its staging place
+};
+
+__device__ __forceinline__ unsigned long long* flag_of(const GroupView& group, int owner, int sender) {
+  return reinterpret_cast<unsigned long long*>(group.workspace[owner] + kControlBytes) + blockIdx.x * kMaxRanks +
+         sender;
+}
+
+// After: every rank's block of this number is here, and what it wrote before is seen. `turn` is 1 or 2. Needs all
+// threads of the block. A thread whose peer does not come fails the group at once, so that the others find it failed.
+template <int kWorld>
+__device__ __forceinline__ Trouble meet(const GroupView& group, const Start& start, int turn) {
+  __syncthreads();
+  bool late = false;
+  const int peer = threadIdx.x;
+  if (peer < kWorld && peer != group.rank) {
+    const unsigned long long value = 2 * start.epoch + turn;
+    ptx::store_release_sys(flag_of(group, peer, group.rank), value);
+    const unsigned long long* flag = flag_of(group, group.rank, peer);
+    late = !await(group, [&] { return ptx::load_acquire_sys(flag) < value; });
+    if (late) fail_group(group, kWorld, peer, kCustomAllReduceV1, start.epoch);
+  }
+  return __syncthreads_or(late) ? kFailedBefore : kFine;
+}
+
+// Where the ranks' inputs are; kUnregistered if the entry of a captured call has not been filled in.
+template <int kWorld>
+__device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const void* (&inputs)[kWorld]) {
+  bool all = true;
+#pragma unroll
+  for (int r = 0; r < kWorld; ++r) {
+    inputs[r] = m.entry != nullptr ? m.entry->input[r] : m.view.group.workspace[r] + m.view.staging;
+    all &= inputs[r] != nullptr;
+  }
+  return all ? kFine : kUnregistered;
+}
+
+__device__ __forceinline__ uint4* staging_of(const PullMessage& m) {
+  return reinterpret_cast<uint4*>(m.view.group.workspace[m.view.group.rank] + m.view.staging);
+}
+
+// The pack `index` of every rank's input, summed in rank order. A peer's lies 16-byte aligned and in whole packs.
+template <typename T, int kWorld>
+__device__ __forceinline__ uint4 pull_and_sum(const PullMessage& m, const void* const (&inputs)[kWorld], int64_t index,
+                                              uint4 own) {
+  uint4 packs[kWorld];
+#pragma unroll
+  for (int r = 0; r < kWorld; ++r) {
+    packs[r] = r == m.view.group.rank ? own : ptx::load_relaxed_sys(static_cast<const uint4*>(inputs[r]) + index);
+  }
+  return sum_in_order<T>(packs);
+}
+
+// NaN in the pack `index` of `num_shards` shards, for each that this thread owns.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void give_up_pull(const PullMessage& m, int num_shards, const Place& place) {
+#pragma unroll 1
+  for (int64_t j = place.index; j < m.num_packs; j += place.count) {
+#pragma unroll 1
+    for (int r = 0; r < num_shards; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, sentinel_pack());
+  }
+}
+
+// Every rank reads all inputs and sums all of them.
+template <typename T, int kWorld, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads) one_shot_pull_kernel(const __grid_constant__ PullMessage m) {
+  const GroupView& group = m.view.group;
+  const Place place = place_in_grid();
+  ptx::wait_for_previous_kernel();
+  const Start start = read_start(group);
+  const Entry entry = enter(group, start, 0);
+  const void* inputs[kWorld];
+  Trouble trouble = start.trouble != kFine ? start.trouble : find_inputs<kWorld>(m, inputs);
+  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch);
+  if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
+  if (trouble == kFine) {
+    for (int64_t i = place.index; m.stage && i < m.num_packs; i += place.count) {
+      staging_of(m)[i] = load_pack<T, kWhole>(m.in, m.count, i);
+    }
+    trouble = meet<kWorld>(group, start, 1);
+  }
+  ptx::launch_next_kernel();
+  if (trouble == kFine) {
+    for (int64_t i = place.index; i < m.num_packs; i += place.count) {
+      const uint4 own = load_pack<T, kWhole>(m.in, m.count, i);
+      store_pack<T, kWhole>(m.out, m.count, i, pull_and_sum<T, kWorld>(m, inputs, i, own));
+    }
+    trouble = meet<kWorld>(group, start, 2);
+  }
+  if (trouble != kFine) give_up_pull<T, kWhole>(m, 1, place);
+  leave(group, kWorld, start, entry, kCustomAllReduceV1);
+}
+
+// Every rank sums one shard, then reads the others' sums. A thread takes the pack j of every shard.
+template <typename T, int kWorld, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads) two_shot_pull_kernel(const __grid_constant__ PullMessage m) {
+  const GroupView& group = m.view.group;
+  const Place place = place_in_grid();
+  const int64_t mine = group.rank * m.num_packs;
+  const auto exists = [&](int64_t i) { return i * kElements<T> < m.count; };
+  const auto sums_of = [&](int r) { return reinterpret_cast<uint4*>(group.workspace[r] + m.view.sums); };
+  ptx::wait_for_previous_kernel();
+  const Start start = read_start(group);
+  const Entry entry = enter(group, start, 0);
+  const void* inputs[kWorld];
+  Trouble trouble = start.trouble != kFine ? start.trouble : find_inputs<kWorld>(m, inputs);
+  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch);
+  if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
+  if (trouble == kFine) {
+    for (int64_t j = place.index; m.stage && j < m.num_packs; j += place.count) {
+#pragma unroll 1
+      for (int r = 0; r < kWorld; ++r) {
+        const int64_t i = r * m.num_packs + j;
+        if (exists(i)) staging_of(m)[i] = load_pack<T, kWhole>(m.in, m.count, i);
+      }
+    }
+    trouble = meet<kWorld>(group, start, 1);
+  }
+  if (trouble == kFine) {
+    for (int64_t j = place.index; j < m.num_packs && exists(mine + j); j += place.count) {
+      const uint4 own = load_pack<T, kWhole>(m.in, m.count, mine + j);
+      sums_of(group.rank)[j] = pull_and_sum<T, kWorld>(m, inputs, mine + j, own);
+    }
+    trouble = meet<kWorld>(group, start, 2);
+  }
+  ptx::launch_next_kernel();
+  for (int64_t j = place.index; trouble == kFine && j < m.num_packs; j += place.count) {
+    uint4 packs[kWorld];
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
+  }
+  if (trouble != kFine) give_up_pull<T, kWhole>(m, kWorld, place);
+  leave(group, kWorld, start, entry, kCustomAllReduceV1);
+}
+
+}  // namespace sgl_comm::device

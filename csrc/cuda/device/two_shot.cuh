@@ -1,0 +1,173 @@
+// Two-shot all-reduce: every rank pushes shard o of its message to rank o, which sums it and pushes the sum to all.
+// Its first half alone is reduce-scatter.
+#pragma once
+
+#include "cuda/device/message.cuh"
+#include "cuda/device/ring.cuh"
+
+namespace sgl_comm::device {
+
+// kGather: all-reduce, else reduce-scatter, whose output is this rank's shard.
+template <typename T, bool kGather>
+__device__ __forceinline__ Part<T> output_shard(const Message& m, int rank) {
+  const Part<T> shard = shard_of<T>(m, m.out, rank);
+  return kGather ? shard : Part<T>{m.out, shard.count};
+}
+
+// NaN in the pack j of shard `owner`, where the caller gets that shard.
+template <typename T, bool kWhole, bool kGather>
+__device__ __forceinline__ void give_up_pack(const Message& m, int owner, int64_t j) {
+  if (kGather || owner == m.view.group.rank)
+    store_to<T, kWhole>(output_shard<T, kGather>(m, owner), j, sentinel_pack());
+}
+
+// Receives every peer's pack of this rank's shard, sums, and hands the sum on. `places` are those of the shards; the
+// sums go `sums` bytes behind, at `offset` in what each rank keeps for a sender.
+template <typename T, int kWorld, bool kWhole, bool kGather>
+__device__ __forceinline__ Trouble reduce_pack(const Message& m, const Start& start, const uint8_t* places,
+                                               uint32_t stride, uint32_t offset, uint32_t sums, int64_t j, uint4 own) {
+  uint4 sum;
+  const Trouble trouble = receive_and_sum<T, kWorld>(m.view.group, places, stride, own, sum);
+  if (trouble != kFine) return trouble;
+  if (kGather) push_to_peers<kWorld>(m.view, start.bank, stride, sums + offset, without_sentinel(sum));
+  store_to<T, kWhole>(output_shard<T, kGather>(m, m.view.group.rank), j, sum);
+  return kFine;
+}
+
+// A pack of a message in shards of equal numbers of packs.
+struct ShardPack {
+  int owner;
+  int j;
+};
+template <int kWorld>
+__device__ __forceinline__ ShardPack shard_pack(int index, int shard_packs) {
+  int owner = 0;
+#pragma unroll
+  for (int r = 1; r < kWorld; ++r) owner += index >= r * shard_packs ? 1 : 0;
+  return {owner, index - owner * shard_packs};
+}
+
+// A thread takes a pack, of whichever shard. The whole message lies in the bank: of each sender num_packs packs of the
+// receiver's shard; behind all those, of each sender num_packs of its sums.
+template <typename T, int kWorld, bool kWhole, bool kGather>
+__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ Message m) {
+  const GroupView& group = m.view.group;
+  const int rank = group.rank;
+  const Place place = place_in_grid();
+  const int first = static_cast<int>(place.index), step = static_cast<int>(place.count);
+  const int shard_packs = static_cast<int>(m.num_packs), num_packs = kWorld * shard_packs;
+  const uint32_t stride = shard_packs * kPackBytes, sums = (kWorld - 1) * stride;
+  const auto load = [&](const ShardPack& p) { return load_of<T, kWhole>(shard_of<T>(m, m.in, p.owner), p.j); };
+  ptx::wait_for_previous_kernel();
+  const ShardPack mine = shard_pack<kWorld>(first, shard_packs);
+  uint4 own{};
+  if (first < num_packs) own = load(mine);  // asked for before the epoch
+  const Start start = read_start(group);
+  Trouble trouble = start.trouble;
+  if (trouble == kFine) {
+    for (int i = first; i < num_packs; i += step) {
+      const ShardPack p = shard_pack<kWorld>(i, shard_packs);
+      if (p.owner == rank) continue;
+      const uint32_t offset = place_of_sender(rank, p.owner) * stride + p.j * kPackBytes;
+      ptx::store_relaxed_sys(bank_of(m.view, p.owner, start.bank) + offset,
+                             without_sentinel(i == first ? own : load(p)));
+    }
+  }
+  const Entry entry = enter(group, start, m.defer ? (kGather ? 2 : 1) * (kWorld - 1) * shard_packs : 0);
+  ptx::launch_next_kernel();
+  if (trouble == kFine) {
+    empty_previous(m.view, start, first, step);
+    uint8_t* const bank = bank_of(m.view, rank, start.bank);
+    for (int i = first; i < num_packs && trouble == kFine; i += step) {
+      const ShardPack p = shard_pack<kWorld>(i, shard_packs);
+      if (p.owner != rank) continue;
+      const uint32_t offset = p.j * kPackBytes;
+      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, start, bank + offset, stride, offset, sums, p.j,
+                                                        i == first ? own : load(p));
+      if (!m.defer) empty_places<kWorld>(bank + offset, stride);
+    }
+    for (int i = first; kGather && i < num_packs && trouble == kFine; i += step) {
+      const ShardPack p = shard_pack<kWorld>(i, shard_packs);
+      if (p.owner == rank) continue;
+      uint8_t* const source = bank + sums + (place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
+      uint4 sum;
+      trouble = await_pack(group, source, p.owner, sum);
+      if (trouble != kFine) break;
+      if (!m.defer) *reinterpret_cast<uint4*>(source) = sentinel_pack();
+      store_to<T, kWhole>(output_shard<T, true>(m, p.owner), p.j, sum);
+    }
+  }
+  if (trouble != kFine) {
+#pragma unroll 1
+    for (int i = first; i < num_packs; i += step) {
+      const ShardPack p = shard_pack<kWorld>(i, shard_packs);
+      give_up_pack<T, kWhole, kGather>(m, p.owner, p.j);
+    }
+    fail_group(group, kWorld, trouble, m.op, start.epoch);
+  }
+  leave(group, kWorld, start, entry, m.op);
+}
+
+// For what the bank cannot hold. A thread takes the pack j of every shard, which is its tile. Tile k is pushed, tile
+// k - 1 summed and its sum pushed, the sums of tile k - 2 received.
+template <typename T, int kWorld, bool kWhole, bool kGather>
+__global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid_constant__ Message m) {
+  const GroupView& group = m.view.group;
+  const int rank = group.rank;
+  const Place place = place_in_grid();
+  const Ring<1> ring{place};
+  const uint32_t stride = ring.stride(), sums = (kWorld - 1) * stride;
+  ptx::wait_for_previous_kernel();
+  const Start start = read_start(group);
+  const Entry entry = enter(group, start, 0);
+  uint8_t* const bank = bank_of(m.view, rank, start.bank);
+  Trouble trouble = start.trouble;
+  if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
+  uint4 pushed{};
+  for (int64_t k = 0; trouble == kFine && ring.pack_of(k - (kGather ? 2 : 1), 0) < m.num_packs; ++k) {
+    const uint4 own = pushed;
+    const int64_t now = ring.pack_of(k, 0), before = ring.pack_of(k - 1, 0), oldest = ring.pack_of(k - 2, 0);
+    if (now < m.num_packs) {
+      uint4 packs[kWorld];
+#pragma unroll
+      for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
+#pragma unroll
+      for (int o = 0; o < kWorld; ++o) {
+        if (o == rank) {
+          pushed = packs[o];
+        } else {
+          const uint32_t offset = place_of_sender(rank, o) * stride + ring.offset(k, 0);
+          ptx::store_relaxed_sys(bank_of(m.view, o, start.bank) + offset, without_sentinel(packs[o]));
+        }
+      }
+    }
+    if (k >= 1 && before < m.num_packs) {
+      const uint32_t offset = ring.offset(k - 1, 0);
+      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, start, bank + offset, stride, offset, sums, before, own);
+      empty_places<kWorld>(bank + offset, stride);
+    }
+    if (kGather && k >= 2 && oldest < m.num_packs && trouble == kFine) {
+      uint8_t* const places = bank + sums + ring.offset(k - 2, 0);
+      uint4 packs[kWorld]{};
+      trouble = await_peers<kWorld>(group, places, stride, packs);
+      empty_places<kWorld>(places, stride);
+#pragma unroll
+      for (int r = 0; r < kWorld; ++r) {
+        if (r != rank && trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, r), oldest, packs[r]);
+      }
+    }
+    ptx::fence_acq_rel_sys();
+  }
+  ptx::launch_next_kernel();
+  if (trouble != kFine) {
+#pragma unroll 1
+    for (int64_t j = place.index; j < m.num_packs; j += place.count) {
+#pragma unroll 1
+      for (int r = 0; r < kWorld; ++r) give_up_pack<T, kWhole, kGather>(m, r, j);
+    }
+    fail_group(group, kWorld, trouble, m.op, start.epoch);
+  }
+  leave(group, kWorld, start, entry, m.op);
+}
+
+}  // namespace sgl_comm::device

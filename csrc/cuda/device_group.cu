@@ -1,0 +1,187 @@
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <sstream>
+#include <utility>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device_group.h"
+
+namespace sgl_comm::cuda {
+
+namespace {
+
+constexpr std::chrono::milliseconds kWatchInterval{100};
+constexpr std::chrono::milliseconds kPatienceAtClose{1000};
+
+bool same_device(const cudaUUID_t& a, const cudaUUID_t& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+
+const char* name_of(device::Op op) {
+  constexpr const char* kNames[] = {"all_reduce", "reduce_scatter", "all_gather", "custom_all_reduce_v1"};
+  return kNames[op];
+}
+
+}  // namespace
+
+std::mutex DeviceGroup::retired_mutex_;
+std::vector<DeviceGroup::Retired> DeviceGroup::retired_;
+
+DeviceGroup::DeviceGroup(int rank, int world, int device, double timeout_seconds, uint64_t first_epoch)
+    : rank_(rank), world_(world), device_(device), timeout_seconds_(timeout_seconds), first_epoch_(first_epoch) {}
+
+DeviceGroup::~DeviceGroup() {
+  int previous = 0;
+  cudaGetDevice(&previous);
+  cudaSetDevice(device_);
+  cudaDeviceSynchronize();  // every kernel that touches a workspace ends, by its deadline or at a peer's death
+  if (watcher_.joinable()) {
+    {
+      std::lock_guard lock(watcher_mutex_);
+      closing_ = true;
+    }
+    watcher_wake_.notify_all();
+    watcher_.join();
+  }
+  peers_.clear();
+  if (segment_->attached()) peer_states()[rank_].unmapped.store(1, std::memory_order_release);
+  {
+    std::lock_guard lock(retired_mutex_);
+    retired_.push_back({std::move(workspace_), segment_, world_, told_});
+  }
+  free_retired(peers_elsewhere_);
+  if (fault_ != nullptr) cudaFreeHost(fault_);
+  cudaSetDevice(previous);
+}
+
+bool DeviceGroup::Retired::may_be_freed() const {
+  if (!segment->attached()) return !told;  // a peer may have opened it, and could not tell
+  const PeerState* states = reinterpret_cast<const PeerState*>(segment->data());
+  for (int r = 0; r < world; ++r) {
+    if (states[r].unmapped.load(std::memory_order_acquire) == 0 && !segment->peers().gone(r)) return false;
+  }
+  return true;
+}
+
+// Frees what no peer has open any more. What a peer still has open stays for the next call.
+void DeviceGroup::free_retired(bool wait) {
+  const auto deadline = std::chrono::steady_clock::now() + (wait ? kPatienceAtClose : kPatienceAtClose * 0);
+  for (;;) {
+    {
+      std::lock_guard lock(retired_mutex_);
+      const auto kept =
+          std::remove_if(retired_.begin(), retired_.end(), [](const Retired& r) { return r.may_be_freed(); });
+      retired_.erase(kept, retired_.end());
+      if (retired_.empty()) return;
+    }
+    if (std::chrono::steady_clock::now() >= deadline) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+DeviceHandle DeviceGroup::publish(size_t bytes, int fill) {
+  free_retired(false);
+  DeviceHandle handle{};
+  handle.segment = segment_->publish(rank_, world_, world_ * sizeof(PeerState));
+  handle.first_epoch = first_epoch_;
+  const DeviceScope scope(device_);
+  cudaDeviceProp properties{};
+  SGL_CUDA_CHECK("init", cudaGetDeviceProperties(&properties, device_));
+  handle.device = properties.uuid;
+  void* pinned = nullptr;
+  SGL_CUDA_CHECK("init", cudaHostAlloc(&pinned, 4096, cudaHostAllocMapped | cudaHostAllocPortable));
+  std::memset(pinned, 0, 4096);
+  fault_ = static_cast<device::Fault*>(pinned);
+  host_abort_ = reinterpret_cast<device::HostAbort*>(static_cast<std::byte*>(pinned) + 256);
+  workspace_ = std::make_unique<Workspace>(bytes, fill, first_epoch_);
+  handle.workspace = workspace_->handle();
+  handle.workspace_bytes = static_cast<int64_t>(bytes);
+  return handle;
+}
+
+std::string DeviceGroup::attach(const std::vector<DeviceHandle>& handles) {
+  told_ = true;
+  std::vector<SegmentHandle> segments;
+  for (const DeviceHandle& handle : handles) {
+    if (handle.workspace_bytes != handles[0].workspace_bytes) return "the ranks were given different max_size";
+    if (handle.first_epoch != handles[0].first_epoch) return "the ranks were given different SGL_COMM_FIRST_EPOCH";
+    segments.push_back(handle.segment);
+    segment_pids_.push_back(handle.segment.pid);
+  }
+  const std::string reason = segment_->attach(rank_, segments);
+  if (!reason.empty()) return reason;
+  const DeviceScope scope(device_);
+  for (int r = 0; r < world_; ++r) {
+    const DeviceHandle& peer = handles[r];
+    const auto shares = [&](const DeviceHandle& other) { return same_device(peer.device, other.device); };
+    most_on_a_device_ = std::max<int>(most_on_a_device_, std::count_if(handles.begin(), handles.end(), shares));
+    try {
+      if (r == rank_) {
+        view_.workspace[r] = workspace_->data();
+      } else {
+        peers_elsewhere_ |= !same_process(r);
+        peers_.emplace_back(peer.workspace, same_process(r));
+        view_.workspace[r] = peers_.back().data();
+      }
+    } catch (const std::exception& error) {
+      cudaGetLastError();
+      return "no peer access to the GPU of rank " + std::to_string(r) + " (" + error.what() + ")";
+    }
+  }
+  void* mapped = nullptr;
+  SGL_CUDA_CHECK("init", cudaHostGetDevicePointer(&mapped, fault_, 0));
+  view_.fault = static_cast<device::Fault*>(mapped);
+  view_.host_abort = reinterpret_cast<const device::HostAbort*>(static_cast<std::byte*>(mapped) + 256);
+  view_.timeout_ticks = static_cast<uint32_t>(std::clamp(timeout_seconds_ * 1e9 / (1 << 20), 1.0, 2e9));
+  view_.rank = rank_;
+  return "";
+}
+
+void DeviceGroup::settle() {
+  segment_->settle();
+  watcher_ = std::thread([this] { watch(); });
+}
+
+// Tells the kernels when a peer's process has died. Makes no CUDA call.
+void DeviceGroup::watch() {
+  std::unique_lock lock(watcher_mutex_);
+  while (!watcher_wake_.wait_for(lock, kWatchInterval, [this] { return closing_; })) {
+    for (int r = 0; r < world_; ++r) {
+      if (segment_->peers().alive(r) || peer_states()[r].unmapped.load(std::memory_order_acquire) != 0) continue;
+      const device::AbortCode code{static_cast<uint32_t>(rank_), static_cast<uint32_t>(r), device::AbortCode::kDied};
+      reinterpret_cast<std::atomic<uint32_t>*>(&host_abort_->abort)->store(code.packed(), std::memory_order_release);
+      return;
+    }
+  }
+}
+
+std::string DeviceGroup::fault() const {
+  if (!failed()) return "";
+  const bool seen_by_kernel = static_cast<const volatile device::Fault*>(fault_)->written != 0;
+  const device::Fault fault = *fault_;
+  const device::AbortCode code = device::AbortCode::unpacked(seen_by_kernel ? fault.abort : host_abort_->abort);
+  std::ostringstream text;
+  switch (code.kind) {
+    case device::AbortCode::kDied:
+      text << "rank " << code.peer << " died, as rank " << code.rank << " saw";
+      break;
+    case device::AbortCode::kOverlap:
+      text << "two calls ran at once on rank " << code.rank
+           << " (two CUDA graphs, or a graph and an eager call, on two streams); expected one after the other";
+      break;
+    case device::AbortCode::kUnregistered:
+      text << "rank " << code.rank << " replayed a CUDA graph before its inputs were registered; expected capture() to"
+           << " have been left without an error on every rank";
+      break;
+    default:
+      text << "rank " << code.rank << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for rank " << code.peer
+           << ", which never came";
+  }
+  if (seen_by_kernel) {
+    text << " (" << name_of(static_cast<device::Op>(fault.op)) << ", call " << fault.epoch - first_epoch_ + 1
+         << ", block " << fault.block << ")";
+  }
+  text << ". Outputs since then are NaN, and the communicator is unusable on every rank: close() it and init() again";
+  return text.str();
+}
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,100 @@
+// A group of ranks on GPUs of one host: this rank's workspace, the peers' workspaces, and the way a failure reaches the
+// host. What lies in a workspace behind its Control is its communicator's business.
+//
+// Who writes what, when: device/view.cuh for the control words. The host writes HostAbort (the watcher thread, when a
+// peer's process dies) and the segment's `unmapped` (when this rank has closed its mappings); it reads Fault. A
+// workspace is freed only when every peer has unmapped it or is dead.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda/device/view.cuh"
+#include "cuda/workspace.h"
+#include "group_segment.h"
+
+namespace sgl_comm::cuda {
+
+// What a rank tells the others of its part, as bytes over their own group.
+struct DeviceHandle {
+  SegmentHandle segment;
+  WorkspaceHandle workspace;
+  cudaUUID_t device;
+  int64_t workspace_bytes;
+  uint64_t first_epoch;
+};
+
+class DeviceGroup {
+ public:
+  DeviceGroup(int rank, int world, int device, double timeout_seconds, uint64_t first_epoch);
+  // Closes this rank's mappings; frees the workspace if no peer still has it open, else keeps it for a later try.
+  ~DeviceGroup();
+
+  // Set-up, in this order on every rank; between the two the handles go round the group. `bytes` follow the Control and
+  // are filled with `fill`.
+  DeviceHandle publish(size_t bytes, int fill);
+  std::string attach(const std::vector<DeviceHandle>& handles);  // empty, or why this rank cannot
+  void settle();                                                 // all ranks have attached
+
+  int rank() const { return rank_; }
+  int world() const { return world_; }
+  int device() const { return device_; }
+  const device::GroupView& view() const { return view_; }
+  // The most ranks of the group that share a device.
+  int most_on_a_device() const { return most_on_a_device_; }
+  bool same_process(int peer) const { return segment_pids_[peer] == segment_pids_[rank_]; }
+
+  // Why the communicator is unusable; empty while it is not. failed() is two reads of host memory.
+  bool failed() const {
+    return static_cast<const volatile device::Fault*>(fault_)->written != 0 ||
+           static_cast<const volatile device::HostAbort*>(host_abort_)->abort != 0;
+  }
+  std::string fault() const;
+
+ private:
+  struct PeerState {
+    std::atomic<uint32_t> unmapped;
+  };
+  // A workspace that may still be open at a peer.
+  struct Retired {
+    std::unique_ptr<Workspace> workspace;
+    std::shared_ptr<GroupSegment> segment;
+    int world;
+    bool told;  // its handle has gone to the peers
+    bool may_be_freed() const;
+  };
+
+  PeerState* peer_states() const { return reinterpret_cast<PeerState*>(segment_->data()); }
+  void watch();
+  static void free_retired(bool wait);
+
+  const int rank_;
+  const int world_;
+  const int device_;
+  const double timeout_seconds_;
+  const uint64_t first_epoch_;
+  std::shared_ptr<GroupSegment> segment_ = std::make_shared<GroupSegment>();
+  std::vector<int32_t> segment_pids_;
+  std::unique_ptr<Workspace> workspace_;
+  std::vector<PeerWorkspace> peers_;
+  device::Fault* fault_ = nullptr;  // one pinned allocation: the fault, then the host's abort word
+  device::HostAbort* host_abort_ = nullptr;
+  device::GroupView view_{};
+  int most_on_a_device_ = 1;
+  std::thread watcher_;
+  std::mutex watcher_mutex_;
+  std::condition_variable watcher_wake_;
+  bool closing_ = false;
+  bool peers_elsewhere_ = false;  // in other processes
+  bool told_ = false;
+
+  static std::mutex retired_mutex_;
+  static std::vector<Retired> retired_;
+};
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,23 @@
+#include "cuda/device/gather.cuh"
+#include "cuda/push_kernels.h"
+
+namespace sgl_comm::cuda {
+
+PushKernel gather_kernel(Unit unit, int world, bool ring) {
+  return visit_world(world, [&](auto n) -> PushKernel {
+    constexpr int kWorld = n.value;
+    switch (unit) {
+      case Unit::kPacks:
+        return ring ? device::gather_ring_kernel<device::BytePairs, kWorld, true>
+                    : device::gather_kernel<device::BytePairs, kWorld, true>;
+      case Unit::kBytePairs:
+        return ring ? device::gather_ring_kernel<device::BytePairs, kWorld, false>
+                    : device::gather_kernel<device::BytePairs, kWorld, false>;
+      default:
+        return ring ? device::gather_ring_kernel<device::Bytes, kWorld, false>
+                    : device::gather_kernel<device::Bytes, kWorld, false>;
+    }
+  });
+}
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,54 @@
+// From an op's tensors to a launch: the checks that all CUDA ops share, the stream, and what follows what.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/cuda_check.h"
+#include "cuda/residency.h"
+#include "cuda/stream_order.h"
+#include "dispatch.h"
+#include "inference_only.h"
+#include "tensor.h"
+
+namespace sgl_comm::cuda {
+
+inline void check_input(const char* op, const Tensor& input) {
+  check_strided(op, input);
+  check_inference_only(op, input);
+}
+
+template <typename Communicator>
+void check_usable(const char* op, const Communicator& comm, const Tensor& input) {
+  SGL_CHECK(!comm.failed(), op, ": rank ", comm.rank(), ": ", comm.fault());
+  SGL_CHECK(input.get_device_index() == comm.device(), op, ": got ", describe(input), ":", input.get_device_index(),
+            "; expected device cuda:", comm.device(), ", which the group was initialised with");
+}
+
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// dependent: the kernel may begin before the one before it in the stream has ended, and waits for that end itself.
+template <typename Message>
+void launch(const char* op, void (*kernel)(Message), Shape shape, cudaStream_t stream, bool dependent,
+            const Message& message) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.blocks;
+  config.blockDim = shape.threads;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  SGL_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, message));
+}
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,23 @@
+#include "cuda/push_kernels.h"
+
+namespace sgl_comm::cuda {
+
+Residency load_push_kernels(int world) {
+  Residency residency;
+  const auto add = [&](Kind kind, PushKernel kernel) { residency.add(kind, reinterpret_cast<const void*>(kernel)); };
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const bool whole : {true, false}) {
+      for (const bool ring : {true, false}) {
+        add(ring ? Kind::kRing : Kind::kOneShot, one_shot_kernel(dtype, world, whole, ring));
+        add(ring ? Kind::kRing : Kind::kTwoShot, two_shot_kernel(dtype, world, whole, ring));
+        add(ring ? Kind::kRing : Kind::kTwoShot, reduce_scatter_kernel(dtype, world, whole, ring));
+      }
+    }
+  }
+  for (const Unit unit : {Unit::kPacks, Unit::kBytePairs, Unit::kBytes}) {
+    for (const bool ring : {true, false}) add(ring ? Kind::kRing : Kind::kGather, gather_kernel(unit, world, ring));
+  }
+  return residency;
+}
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,43 @@
+// The push kernels by what the host knows at run time.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/device/message.cuh"
+#include "cuda/residency.h"
+#include "dispatch.h"
+
+namespace sgl_comm::cuda {
+
+using PushKernel = void (*)(device::Message);
+
+// What an all-gather moves: packs where everything is aligned, else pairs of bytes or bytes.
+enum class Unit { kPacks, kBytePairs, kBytes };
+
+// whole: the tensors are 16-byte aligned and a whole number of packs, shard by shard. ring: for any size.
+PushKernel one_shot_kernel(DType dtype, int world, bool whole, bool ring);
+PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
+PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
+PushKernel gather_kernel(Unit unit, int world, bool ring);
+
+// Whether a launch leaves what it has read for the next one to empty: faster for what is small, which waits; large
+// messages do better with fewer places in use (benchmarks/bench_all_reduce.py).
+constexpr int64_t kMostBytesToDefer = 128 << 10;
+static_assert(kMostBytesToDefer / device::kPackBytes * (device::kMaxRanks - 1) <= device::kMostPacksToEmpty);
+inline bool push_defers(int64_t bytes) { return bytes <= kMostBytesToDefer; }
+
+// The threads of a block that were fastest, by the packs that a launch has to move (the same benchmark).
+inline unsigned one_shot_threads(int world, int64_t packs) {
+  if (packs <= 1 << 10) return packs <= 64 ? 64 : 128;
+  return packs <= 16 << 10 && world <= 4 ? 256 : 512;
+}
+inline unsigned two_shot_threads(int64_t packs) { return packs <= 16 << 10 ? 64 : 128; }
+
+// Loads every kernel of this world on the current device, and counts how many blocks of each kind fit on it at once.
+Residency load_push_kernels(int world);
+
+template <DType kType>
+using DeviceType = std::conditional_t<kType == DType::kFloat32, device::Float32,
+                                      std::conditional_t<kType == DType::kBFloat16, device::BFloat16, device::Float16>>;
+
+}  // namespace sgl_comm::cuda

@@ -1,0 +1,73 @@
+// How many blocks of a kernel can be on a device at once. A launch that waits for its peers must fit as a whole.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+
+#include "cuda/cuda_check.h"
+
+namespace sgl_comm::cuda {
+
+// Kernels of one kind are launched alike; the greediest of a kind counts for all.
+enum class Kind { kOneShot, kTwoShot, kGather, kRing, kPull };
+
+// Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike.
+struct Shape {
+  unsigned blocks;
+  unsigned threads;
+};
+
+struct Residency {
+  static constexpr int kKinds = 5, kSizes = 4;
+  static constexpr int kThreads[kSizes] = {64, 128, 256, 512};
+  int blocks[kKinds][kSizes];
+  bool dependent_launch = true;  // the kernels that this device runs were compiled to wait for the one before
+
+  Residency() {
+    for (auto& kind : blocks) std::fill_n(kind, kSizes, INT_MAX);
+  }
+
+  // Takes a kernel in, on the current device. Asking is what loads it.
+  void add(Kind kind, const void* kernel) {
+    int device = 0, processors = 0;
+    SGL_CUDA_CHECK("init", cudaGetDevice(&device));
+    SGL_CUDA_CHECK("init", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    for (int size = 0; size < kSizes; ++size) {
+      int each = 0;  // blocks of one multiprocessor
+      SGL_CUDA_CHECK("init", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads[size], 0));
+      int& fewest = blocks[static_cast<int>(kind)][size];
+      fewest = std::min(fewest, each * processors);
+    }
+    cudaFuncAttributes attributes{};
+    SGL_CUDA_CHECK("init", cudaFuncGetAttributes(&attributes, kernel));
+    dependent_launch &= attributes.ptxVersion >= 90;
+  }
+
+  // The fewest of all ranks.
+  void lower_to(const Residency& other) {
+    for (int k = 0; k < kKinds; ++k) {
+      for (int s = 0; s < kSizes; ++s) blocks[k][s] = std::min(blocks[k][s], other.blocks[k][s]);
+    }
+  }
+
+  // `ranks` share a device, and each may have the next launch waiting beside the present one.
+  void share(int ranks) {
+    for (auto& kind : blocks) {
+      for (int& count : kind) count = std::max(1, count / (2 * ranks));
+    }
+  }
+
+  // As many blocks of `threads` as `work` threads need, or fewer that all go as many rounds.
+  Shape shape(Kind kind, int64_t work, unsigned threads, int64_t most_blocks = INT_MAX) const {
+    const int size = static_cast<int>(std::find(kThreads, kThreads + kSizes - 1, static_cast<int>(threads)) - kThreads);
+    const int64_t limit = std::min<int64_t>(most_blocks, blocks[static_cast<int>(kind)][size]);
+    const int64_t wanted = std::max<int64_t>(1, (work + threads - 1) / threads);
+    const int64_t rounds = (wanted + limit - 1) / limit;
+    return {static_cast<unsigned>((wanted + rounds - 1) / rounds), threads};
+  }
+};
+
+}  // namespace sgl_comm::cuda

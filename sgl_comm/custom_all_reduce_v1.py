@@ -1,0 +1,105 @@
+"""All-reduce between GPUs of one host by reading the peers' inputs through peer pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sgl_comm import envs
+from sgl_comm import ops as sgl_ops
+from sgl_comm.errors import SglCommError
+from sgl_comm.gpu_all_reduce import GpuAllReduce
+from sgl_comm.rendezvous import Rendezvous, shared_status
+
+_ops = torch.ops.sgl_comm
+
+DEFAULT_MAX_SIZE = 8 << 20
+
+
+class CustomAllReduceV1(GpuAllReduce):
+    """Pull. Needs peer access alone, so it serves GPUs without NVLink too.
+
+    Owns a workspace of flags, a staging place of ``max_size`` bytes (8 MiB by default) and a place for sums of
+    ``max_size / world``: one ``cudaMalloc`` of at most 14 MiB a rank by default, shared by CUDA IPC; and from the first
+    ``capture()`` on a table of 4 MiB. An eager call copies its input to the staging place, in pieces if it is larger.
+    Inside ``capture()`` a captured call's input is read where it lies: the ranks tell each other when they leave it,
+    and a graph may be replayed from then on. Memory that cannot be shared (expandable segments, ``cudaMallocAsync``),
+    inputs that are not 16-byte aligned or not a multiple of 16 bytes, in-place calls, and calls captured outside
+    ``capture()`` are copied, as eager ones are.
+
+    The arguments and errors are those of ``GpuAllReduce``.
+    """
+
+    _kind = "v1"
+
+    def _default_max_size(self, world: int) -> int:
+        return DEFAULT_MAX_SIZE
+
+    def _open(self, link: Rendezvous) -> None:
+        _ops._v1_open(link.name, link.rank, link.world)
+
+    def _publish(self, max_size: int) -> Tensor:
+        return _ops._v1_publish(
+            self.group_name,
+            self.device.index,
+            max_size,
+            self.thresholds.one_shot_bytes,
+            self.thresholds.fallback_bytes,
+            envs.timeout_seconds(),
+            envs.first_epoch(),
+        )
+
+    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
+        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
+        return sgl_ops.custom_all_reduce_v1(input, self.group_name) if self.should_custom_ar(input) else None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around the capture of CUDA graphs; warm-up calls inside it are eager calls. Collective.
+
+        Leaving it exchanges, in this order: whether every rank is well, how many calls each has captured, and where
+        their inputs lie. A graph replayed before that, or after an error here, fails softly: NaN, and an error at the
+        next call.
+
+        Raises:
+            SglCommError: another rank raised an error inside it, the ranks captured different calls, or a rank cannot
+                reach an input of another's; the same on every rank.
+        """
+        link = self._link("capture")
+        if self.disabled or link.world == 1:
+            with shared_status(link, "capture"):
+                yield
+            return
+        with shared_status(link, "capture"):
+            with sgl_ops.own_errors():
+                _ops._v1_begin_capture(self.group_name)
+            try:
+                yield
+            finally:
+                with sgl_ops.own_errors():
+                    mine = _ops._v1_end_capture(self.group_name)
+        self._register(link, mine)
+
+    def _register(self, link: Rendezvous, mine: Tensor) -> None:
+        counts = link.all_gather(torch.tensor([mine.numel()]).view(torch.uint8)).view(torch.int64).tolist()
+        if len(set(counts)) > 1:
+            got = f"{counts} bytes of captured calls on ranks 0 to {link.world - 1}"
+            raise SglCommError(f"capture: got {got}; expected the same calls on every rank")
+        if mine.numel() == 0:
+            return
+        handles = link.all_gather(mine)
+        try:
+            problem = _ops._v1_register(self.group_name, handles)
+        except RuntimeError as error:
+            problem = str(error)
+        said = link.agree(problem)
+        if said:
+            raise SglCommError(f"capture: {said}")
+
+    def open_mappings(self) -> dict[str, int]:
+        """How many allocations of peers are mapped here now, were ever, were closed; and captured calls held."""
+        names = ("open", "opened", "closed", "calls")
+        return dict(zip(names, _ops._v1_counts(self.group_name), strict=True))

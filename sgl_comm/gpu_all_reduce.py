@@ -1,0 +1,149 @@
+"""What ``CustomAllReduceV1`` and ``CustomAllReduceV2`` share: a group's place in the CUDA library, and the protocol."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgl_comm import _library, capability, envs
+from sgl_comm.capability import SUPPORTED_DTYPES, Survey
+from sgl_comm.rendezvous import Rendezvous, shared_status
+from sgl_comm.thresholds import ALL_SIZES, Thresholds, thresholds_for
+
+_ops = torch.ops.sgl_comm
+
+MIN_MAX_SIZE = 64 << 10
+"""Bytes; ``max_size`` is a multiple of it."""
+
+MOST_MAX_SIZE = 256 << 20
+
+
+class GpuAllReduce:
+    """All-reduce between GPUs of one host by kernels of this package; ``disabled`` where they cannot serve.
+
+    Args:
+        group: the ranks, or None for the default group. Making one is a collective call.
+        device: this rank's GPU. Several ranks may share one.
+        max_size: see the class; None for its default. Alike on all ranks.
+        found: what ``capability.survey`` has found for this group, if it has been asked already.
+
+    Raises:
+        SglCommError: the group already has a communicator, or a bad max_size or environment variable.
+    """
+
+    _kind: ClassVar[str]
+    """"v1" or "v2": the name of its ops and its field in a Survey."""
+
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        device: torch.device | str | int,
+        max_size: int | None = None,
+        *,
+        found: Survey | None = None,
+    ) -> None:
+        self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        link = Rendezvous.of(group, self.device)
+        self.group_name = link.name
+        self.world_size = link.world
+        self._group = weakref.ref(link.group)
+        self._registered = False
+        self.thresholds = Thresholds(ALL_SIZES, ALL_SIZES)
+        problem = _bad_max_size(max_size) or self._try_to_open(link)
+        try:
+            link.refuse_together(problem)
+            self.reason = getattr(found or capability.survey(link, self.device), self._kind)
+            if not self.reason and link.world > 1:  # one rank alone is served without a workspace
+                self.thresholds = self._thresholds(link)
+                self.reason = self._set_up(link, max_size or self._default_max_size(link.world))
+            if self._registered:
+                self._op("settle")(link.name, not self.reason and link.world > 1, self.reason)
+        except BaseException:
+            self.close()
+            raise
+        self.disabled = bool(self.reason)
+
+    def _op(self, name: str) -> torch._ops.OpOverloadPacket:
+        return getattr(_ops, f"_{self._kind}_{name}")
+
+    def _default_max_size(self, world: int) -> int:
+        raise NotImplementedError
+
+    def _open(self, link: Rendezvous) -> None:
+        raise NotImplementedError
+
+    def _publish(self, max_size: int) -> Tensor:
+        raise NotImplementedError
+
+    def _try_to_open(self, link: Rendezvous) -> str:
+        """Registers the group with the CUDA library, if there is one. Returns why this rank cannot, or ""."""
+        try:
+            envs.timeout_seconds()
+            envs.first_epoch()
+            envs.invariant()
+            if not _library.cuda_missing:
+                self._open(link)
+                self._registered = True
+        except RuntimeError as error:
+            return str(error).removeprefix("sgl_comm::init: ")
+        return ""
+
+    def _thresholds(self, link: Rendezvous) -> Thresholds:
+        found = thresholds_for(link.world, torch.cuda.get_device_capability(self.device))
+        may_fall_back = not envs.invariant() and link.backend_for("cuda") == "nccl"
+        return found if may_fall_back else Thresholds(found.one_shot_bytes, ALL_SIZES)
+
+    def _set_up(self, link: Rendezvous, max_size: int) -> str:
+        """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
+        handles = link.all_gather(self._publish(max_size))
+        return link.agree(self._op("attach")(link.name, handles))
+
+    def should_custom_ar(self, input: Tensor) -> bool:
+        """Whether the kernels serve this tensor. Its size matters with ``SGL_COMM_INVARIANT=0`` alone."""
+        return (
+            not self.disabled
+            and input.device == self.device
+            and input.dtype in SUPPORTED_DTYPES
+            and input.nbytes <= self.thresholds.fallback_bytes
+        )
+
+    def _link(self, op: str) -> Rendezvous:
+        return Rendezvous.again(self._group, self.device, op)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around the capture of CUDA graphs. A collective call: an error on one rank inside it is one on all.
+
+        Raises:
+            SglCommError: another rank raised an error inside it.
+        """
+        with shared_status(self._link("capture"), "capture"):
+            yield
+
+    def fault(self) -> str:
+        """Why the communicator has become unusable; empty while it is not. Does not wait for the GPU."""
+        return self._op("fault")(self.group_name) if self._registered else ""
+
+    def close(self) -> None:
+        """Waits for this rank's kernels and gives the workspace up; a peer that still calls gets an error in time.
+
+        A CUDA graph that holds calls of this communicator must not be replayed afterwards: its memory is gone.
+        """
+        if self._registered:
+            self._registered = False
+            self._op("close")(self.group_name)
+
+
+def _bad_max_size(max_size: int | None) -> str:
+    """What is wrong with it, or an empty text."""
+    if max_size is None or (0 < max_size <= MOST_MAX_SIZE and max_size % MIN_MAX_SIZE == 0):
+        return ""
+    return f"got max_size {max_size}; expected a multiple of {MIN_MAX_SIZE} bytes, above 0 and up to {MOST_MAX_SIZE}"

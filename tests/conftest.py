@@ -1,9 +1,10 @@
-"""What every test module shares: tests marked `gpu` skip, with the reason, where torch cannot use a GPU."""
+"""What every test module shares: where ranks run; tests marked `gpu` skip, with the reason, where there is no GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import CPU_WORLDS, GPU_WORLDS, Ranks, ranks_on
 
 
 def _why_no_gpu() -> str:
@@ -21,3 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", params=[*ranks_on("cpu", CPU_WORLDS), *ranks_on("cuda", GPU_WORLDS)])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    """Every device and world; a module's, so that tests of one world follow each other and share its processes."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=ranks_on("cuda", GPU_WORLDS))
+def gpu_ranks(request: pytest.FixtureRequest) -> Ranks:
+    return request.param

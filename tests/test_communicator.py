@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cases import AllGather, AllReduce, ReduceScatter, interleaved
 
 import sgl_comm
 from sgl_comm import SglCommError, envs
+from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, RankPool, run_ranks
 
@@ -135,6 +138,15 @@ def test_an_invalid_timeout_is_an_error_of_init(text: str, monkeypatch: pytest.M
     monkeypatch.delenv("SGL_COMM_TIMEOUT")
     with sgl_comm.init(group) as comm:
         assert sum_of_ones(comm.group_name) == [1]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("text", ["-1", "soon", "1e3", "1.5", str(2**62 + 1)])
+def test_an_invalid_first_epoch_is_an_error_of_init(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_FIRST_EPOCH", text)
+    with pytest.raises(SglCommError) as caught:
+        sgl_comm.init()
+    assert str(caught.value) == f"init: got SGL_COMM_FIRST_EPOCH='{text}'; expected a whole number from 0 to 2**62"
 
 
 def test_init_without_any_group_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +304,29 @@ def test_a_setting_that_is_bad_on_one_rank_is_an_error_on_all() -> None:
         assert text.startswith("SglCommError: ")
         assert "SGL_COMM_TIMEOUT='soon'" in text
         assert after == [2.0]
+
+
+@pytest.mark.parametrize("first_epoch", [2**31 - 5, 2**32 - 5, 2**32, 2**62])
+@pytest.mark.parametrize("world", [2, 3])
+def test_counters_wrap_without_harm(world: int, first_epoch: int) -> None:
+    """The futex word is the low half of a step's number; the late ranks make the others sleep on it."""
+    kinds = [AllReduce, ReduceScatter, AllGather]
+    with RankPool(world, env={"SGL_COMM_FIRST_EPOCH": str(first_epoch), "SGL_COMM_TIMEOUT": "20"}) as pool:
+        assert pool.run(interleaved, kinds, 30, pause=0.005, deadline=60) == [[]] * world
+
+
+def count_from_different_numbers(ctx: RankContext) -> tuple[str, str, list[float]]:
+    group = dist.new_group(list(range(ctx.world)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGL_COMM_FIRST_EPOCH", str(7 + ctx.rank))
+        comm = sgl_comm.init(group)
+    with comm:
+        return comm.backend, comm.reason, sum_of_ones(comm.group_name)
+
+
+def test_ranks_that_count_from_different_numbers_get_no_shared_memory() -> None:
+    reason = "rank 0: the ranks have different values of SGL_COMM_FIRST_EPOCH"
+    assert run_ranks(count_from_different_numbers, 2) == [("gloo", reason, [2.0])] * 2
 
 
 def refused_in_place(ctx: RankContext) -> list[str]:
@@ -593,3 +628,39 @@ def test_a_group_that_is_still_being_initialised_serves_no_call() -> None:
 def test_a_tensor_without_strides_is_refused(alone: None) -> None:
     with sgl_comm.init() as comm, pytest.raises(SglCommError, match="all_reduce: got a tensor without strides"):
         comm.all_reduce(torch.eye(3).to_sparse())
+
+
+def backends_of_groups(ctx: RankContext, folder: str) -> list[str]:
+    """What the fallback uses: of a gloo group, and of a default group made without a word on backends."""
+    backends = [Rendezvous.of(ctx.group).backend_for(device) for device in ("cpu", "cuda")]
+    dist.destroy_process_group()
+    dist.init_process_group(store=dist.FileStore(f"{folder}/store", ctx.world), rank=ctx.rank, world_size=ctx.world)
+    return backends + [Rendezvous.of(None).backend_for(device) for device in ("cpu", "cuda")]
+
+
+def test_a_group_of_several_backends_has_one_for_each_device(tmp_path: Path) -> None:
+    with RankPool(1, make_comm=False) as pool:
+        ((*gloo, of_cpu, of_gpu),) = pool.run(backends_of_groups, str(tmp_path))
+    assert gloo == ["gloo", "gloo"]
+    assert (of_cpu, of_gpu) == ("gloo", "nccl" if torch.cuda.is_available() else "none")
+
+
+def a_group_that_is_gone(ctx: RankContext) -> str:
+    group = dist.new_group(list(range(ctx.world)))
+    comm = sgl_comm.init(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+
+    def capture() -> None:
+        with comm.capture():
+            pass
+
+    text = error_of(capture)
+    comm.close()
+    return text
+
+
+def test_capture_on_a_group_that_is_gone_says_so() -> None:
+    for text in run_ranks(a_group_that_is_gone, 2, deadline=20):
+        assert text.startswith("SglCommError: capture: the group is gone")

@@ -19,6 +19,8 @@ from sgl_comm.testing import RankContext, RankPool
 
 all_reduce = torch.ops.sgl_comm.all_reduce
 all_reduce_ = torch.ops.sgl_comm.all_reduce_
+reduce_scatter = torch.ops.sgl_comm.reduce_scatter
+all_gather = torch.ops.sgl_comm.all_gather
 
 Groups = Sequence[str]
 Result = tuple[Tensor, ...]
@@ -104,6 +106,40 @@ def in_place_before_functional(x: Tensor, y: Tensor, groups: Groups) -> Result:
     return (b + 1,)
 
 
+def halves_of_a_sum(x: Tensor, y: Tensor, groups: Groups) -> Result:
+    share = reduce_scatter(x, groups[0])
+    a = all_gather(share * 2, groups[1])
+    b = all_reduce(y, groups[2])
+    return all_gather(y, groups[0]), a, b
+
+
+def unused_halves(x: Tensor, y: Tensor, groups: Groups) -> Result:
+    reduce_scatter(x, groups[0])
+    all_gather(y, groups[1])
+    all_gather(y, groups[1])
+    reduce_scatter(x, groups[2])
+    return (y + 1,)
+
+
+def every_op_used_in_another_order(x: Tensor, y: Tensor, groups: Groups) -> Result:
+    a = all_gather(x, groups[0])
+    b = reduce_scatter(x + 1, groups[1])
+    all_reduce_(y, groups[2])
+    c = all_reduce(x, groups[0])
+    d = all_gather(y.t(), groups[1])
+    e = reduce_scatter(a, groups[2])
+    return e, d * 2, c, b
+
+
+def chains_of_halves(x: Tensor, y: Tensor, groups: Groups) -> Result:
+    """Where memory is saved by running one chain before the other."""
+    wide = all_gather(x.repeat(64, 64), groups[0])
+    b = all_gather(y, groups[1])
+    c = reduce_scatter(wide, groups[2]).amax(1)
+    d = reduce_scatter(b, groups[0])
+    return d, c
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A function, the groups it calls in the order of its lines, and how many kernels its own arithmetic needs."""
@@ -132,6 +168,10 @@ CASES = {
         Case(in_place_on_views, (0, 1), kernels=3, copies=2),
         Case(functional_and_in_place, (0, 1, 2, 0, 1), kernels=0, copies=2),
         Case(in_place_before_functional, (2, 1, 0, 1), kernels=1, copies=2),
+        Case(halves_of_a_sum, (0, 1, 2, 0), kernels=1),
+        Case(unused_halves, (0, 1, 1, 2), kernels=1),
+        Case(every_op_used_in_another_order, (0, 1, 2, 0, 1, 2), kernels=2, copies=1),
+        Case(chains_of_halves, (0, 1, 2, 0), kernels=2),
     )
 }
 
@@ -260,7 +300,11 @@ def dynamic_shapes(ctx: RankContext, folder: str) -> list[str]:
     groups = groups_of(ctx)
     use_fresh_cache(folder, ctx)
     wrong = []
-    for dtype, name in ((torch.float32, "two_sums"), (torch.bfloat16, "functional_and_in_place")):
+    for dtype, name in (
+        (torch.float32, "two_sums"),
+        (torch.bfloat16, "functional_and_in_place"),
+        (torch.float16, "every_op_used_in_another_order"),
+    ):
         compiled = torch.compile(CASES[name].fn, fullgraph=True, dynamic=True)
         for turn, sizes in enumerate(((8, 5), (13, 9), (200, 31), (7, 3))):
             x, y = (value.to(dtype) for value in arguments(ctx, turn, sizes))
@@ -274,6 +318,31 @@ def dynamic_shapes(ctx: RankContext, folder: str) -> list[str]:
     return wrong
 
 
+def dynamic_rows(ctx: RankContext, folder: str) -> list[str]:
+    """One graph for several numbers of rows, if each share has two at least; other numbers are the op's own error."""
+    groups = groups_of(ctx)
+    use_fresh_cache(folder, ctx)
+
+    def fn(x: Tensor) -> Result:
+        share = reduce_scatter(x * 2, groups[0])
+        return share, all_gather(share, groups[1]), all_gather(x, groups[2])
+
+    wrong = []
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    for turn, rows in enumerate((4, 6, 30, 12)):
+        x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(10 * rows + ctx.rank)).to(ctx.device)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 0):
+            wrong += differences(f"{rows} rows", compiled(x), fn(x))
+    for name, x in (("rows", torch.ones(3, 5)), ("no dimension", torch.ones(()))):
+        try:
+            compiled(x.to(ctx.device))
+            wrong.append(f"{name}: no error")
+        except Exception as error:
+            if "sgl_comm::reduce_scatter: got " not in str(error):
+                wrong.append(f"{name}: {error}")
+    return wrong
+
+
 def wrappers_and_communicator(ctx: RankContext, folder: str) -> list[str]:
     """The typed wrappers and the Communicator's methods are traced too; other reduce ops keep their place."""
     assert ctx.comm is not None
@@ -283,7 +352,9 @@ def wrappers_and_communicator(ctx: RankContext, folder: str) -> list[str]:
         a = sgl_comm.ops.all_reduce(x, groups[1])
         b = comm.all_reduce(x * 2)
         sgl_comm.ops.all_reduce_(b, groups[2])
-        return a, b, sgl_comm.ops.all_reduce(x, groups[0], "max")
+        c = sgl_comm.ops.reduce_scatter(x, groups[1])
+        d = sgl_comm.ops.all_gather(c, groups[2])
+        return a, b, sgl_comm.ops.all_reduce(x, groups[0], "max"), d, comm.reduce_scatter(x), comm.all_gather(c)
 
     use_fresh_cache(folder, ctx)
     x, _ = arguments(ctx, seed=5)
@@ -294,9 +365,11 @@ def refusal_of_grad(ctx: RankContext, folder: str) -> list[str]:
     use_fresh_cache(folder, ctx)
     x = torch.ones(4, requires_grad=True)
     texts = []
-    for fn in (lambda x: all_reduce(x, groups_of(ctx)[0]), lambda x: all_reduce_(x, groups_of(ctx)[0])):
+    group = groups_of(ctx)[0]
+    for op in (all_reduce, all_reduce_, reduce_scatter, all_gather):
+        torch._dynamo.reset()
         try:
-            torch.compile(fn, fullgraph=True, backend="aot_eager")(x)
+            torch.compile(lambda x, op=op: op(x, group), fullgraph=True, backend="aot_eager")(x)
             texts.append("no error")
         except Exception as error:
             texts.append(str(error))
@@ -310,9 +383,15 @@ def opchecked(ctx: RankContext) -> None:
     for tensor in (x, x.t(), x[1:, ::2], torch.empty(0, device=ctx.device), x.bfloat16()):
         torch.library.opcheck(torch.ops.sgl_comm.all_reduce.default, (tensor, group))
         torch.library.opcheck(torch.ops.sgl_comm.all_reduce_.default, (tensor.clone(), group))
+        torch.library.opcheck(torch.ops.sgl_comm.all_gather.default, (tensor, group))
         if ctx.device.type == "cuda":
+            torch.library.opcheck(torch.ops.sgl_comm.custom_all_reduce_v1.default, (tensor, group))
             torch.library.opcheck(torch.ops.sgl_comm.custom_all_reduce_v2.default, (tensor, group))
     torch.library.opcheck(torch.ops.sgl_comm.all_reduce.default, (x, group), {"reduce_op": "max"})
+    for tensor in (x, x.t(), x[:2, ::2], torch.empty(0, 3, device=ctx.device), x.half(), x.int()):
+        torch.library.opcheck(torch.ops.sgl_comm.reduce_scatter.default, (tensor, group))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        torch.library.opcheck(torch.ops.sgl_comm.all_gather.default, (x.to(dtype), group))
 
 
 def cuda_graphs(ctx: RankContext, folder: str) -> list[str]:
@@ -375,6 +454,10 @@ def test_dynamic_shapes_equal_eager_with_one_graph(pool_of: PoolOf, tmp_path: Pa
     assert pool_of("cpu").run(dynamic_shapes, str(tmp_path), deadline=120) == [[], []]
 
 
+def test_dynamic_rows_equal_eager_with_one_graph(pool_of: PoolOf, tmp_path: Path) -> None:
+    assert pool_of("cpu").run(dynamic_rows, str(tmp_path), deadline=120) == [[], []]
+
+
 def test_the_wrappers_can_be_compiled(pool_of: PoolOf, tmp_path: Path) -> None:
     assert pool_of("cpu").run(wrappers_and_communicator, str(tmp_path), deadline=120) == [[], []]
 
@@ -391,4 +474,12 @@ def test_opcheck_passes_for_every_op(pool_of: PoolOf, device: str) -> None:
 
 def test_the_list_of_checked_ops_is_complete() -> None:
     public = {name for name in torch._C._dispatch_get_all_op_names() if re.match(r"sgl_comm::[a-z]", name)}
-    assert public == {"sgl_comm::all_reduce", "sgl_comm::all_reduce_", "sgl_comm::custom_all_reduce_v2"}
+    names = {
+        "all_reduce",
+        "all_reduce_",
+        "custom_all_reduce_v1",
+        "custom_all_reduce_v2",
+        "reduce_scatter",
+        "all_gather",
+    }
+    assert public == {f"sgl_comm::{name}" for name in names}

@@ -29,6 +29,8 @@ KIB, MIB = 1 << 10, 1 << 20
 # --- thresholds
 
 ENTRANCES = {
+    "the constructor of V1": "sgl_comm.communicator.CustomAllReduceV1(None, 0).close()",
+    "the constructor of V2": "sgl_comm.communicator.CustomAllReduceV2(None, 0).close()",
     "supported_world_sizes": "thresholds.supported_world_sizes()",
     "thresholds_for": "thresholds.thresholds_for(2, (9, 0))",
     "why_not_world_size": "capability.why_not_world_size(2)",
@@ -185,11 +187,6 @@ def test_links_as_one_process_sees_them(monkeypatch: pytest.MonkeyPatch) -> None
         assert found == [Link.SAME, Link.PEER, Link.NONE, Link.NVLINK, Link.UNSEEN]
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
         assert capability.links(device, uuids)[3] is Link.NONE  # one way is not enough
-
-
-@pytest.mark.skipif(hasattr(torch.ops.sgl_comm, "_cuda_link"), reason="the CUDA library is there")
-def test_without_the_op_peer_access_is_not_taken_for_nvlink() -> None:
-    assert capability._cuda_link(0, 1) == 1
 
 
 def test_what_one_rank_does_not_see_another_may() -> None:

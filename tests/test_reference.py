@@ -172,3 +172,19 @@ def test_the_check_knows_the_numbers() -> None:
             sign = 1 << (exponent_bits + mantissa_bits)
             assert rounded(Fraction(value), exponent_bits, mantissa_bits) == word & (sign - 1)
             assert decoded(word, exponent_bits, mantissa_bits) == struct.unpack(f"<{code}", packed)[0]
+
+
+def test_the_halves_are_those_of_all_reduce() -> None:
+    inputs = [torch.arange(12.0).view(6, 2), torch.arange(12.0, 24.0).view(2, 6).t()]
+    shares = [reference.reduce_scatter(inputs, rank) for rank in range(2)]
+    assert [share.shape for share in shares] == [(3, 2)] * 2
+    testing.assert_bits_equal(reference.all_gather(shares), reference.all_reduce(inputs))
+    assert all(share.is_contiguous() and share.untyped_storage().nbytes() == 24 for share in shares)
+
+
+def test_a_gathered_tensor_is_row_major_and_keeps_every_bit() -> None:
+    words = torch.tensor([[-1, -2, 0x7F800001], [-(1 << 31), 1, 0]], dtype=torch.int32)
+    found = reference.all_gather([words.view(torch.float32), words.t().contiguous().t().view(torch.float32)])
+    assert found.is_contiguous()
+    assert found.view(torch.int32).tolist() == words.tolist() * 2
+    assert reference.all_gather([torch.ones(0, 3)] * 2).shape == (0, 3)

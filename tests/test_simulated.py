@@ -1,20 +1,40 @@
-"""The push kernels on simulated ranks: several communicators in one process on one GPU, truly at once."""
+"""The CUDA kernels on simulated ranks: several communicators in one process on one GPU, truly at once.
+
+These are the tests that compute-sanitizer runs.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 import sgl_comm
 from sgl_comm import reference
-from sgl_comm.testing import SimulatedRank, assert_bits_equal, make_simulated, special_values
+from sgl_comm.testing import SimulatedRank, assert_bits_equal, capture_simulated, make_simulated, special_values
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 19
 COUNTS = (1, 7, 8, 1000, 1040, 65536, (1 << 20) + 3)
-"""In elements; the last ones go through the ring."""
+"""In elements; the last ones go through a ring."""
+ALGORITHMS = ("one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
+
+Call = Callable[[torch.Tensor, str], torch.Tensor]
+ops = torch.ops.sgl_comm
+
+
+def v2(algo: str) -> Call:
+    return lambda x, group_name: ops.custom_all_reduce_v2(x, group_name, algo)
+
+
+SUMS: dict[str, Call] = {
+    "all_reduce": lambda x, group_name: ops.all_reduce(x, group_name),
+    "v1": lambda x, group_name: ops.custom_all_reduce_v1(x, group_name),
+    **{algo: v2(algo) for algo in ALGORITHMS},
+}
 
 
 def inputs_of(world: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -26,12 +46,12 @@ def inputs_of(world: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [tensor.cuda() for tensor in tensors]
 
 
-def call_all(ranks: list[SimulatedRank], inputs: list[torch.Tensor], algo: str) -> list[torch.Tensor]:
+def call_all(ranks: Sequence[SimulatedRank], inputs: Sequence[torch.Tensor], call: Call) -> list[torch.Tensor]:
     outputs = []
     torch.cuda.synchronize()
     for rank, tensor in zip(ranks, inputs, strict=True):
         with torch.cuda.stream(rank.stream):
-            outputs.append(torch.ops.sgl_comm.custom_all_reduce_v2(tensor, rank.group_name, algo))
+            outputs.append(call(tensor, rank.group_name))
     torch.cuda.synchronize()
     return outputs
 
@@ -42,38 +62,57 @@ def test_every_algorithm_gives_the_bits_of_the_oracle(world: int, dtype: torch.d
     with make_simulated(world, max_size=SLOT_BYTES) as ranks:
         for count in COUNTS:
             inputs = inputs_of(world, count, dtype)
-            expected = reference.all_reduce([tensor.cpu() for tensor in inputs])
-            fits = count * dtype.itemsize <= SLOT_BYTES
-            for algo in ("auto", "ring", "one_shot") if fits else ("auto", "ring"):
-                for output in call_all(ranks, inputs, algo):
-                    assert_bits_equal(output.cpu(), expected)
+            expected = reference.all_reduce(inputs)
+            for name, call in SUMS.items():
+                for output in call_all(ranks, inputs, call):
+                    assert_bits_equal(output, expected, f"{name}, {count}")
         assert [rank.fault() for rank in ranks] == [""] * world
 
 
-@pytest.mark.parametrize("world", [2, 5])
-def test_sizes_and_algorithms_may_alternate(world: int) -> None:
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_halves_give_the_bits_of_the_oracle(world: int, dtype: torch.dtype) -> None:
+    """Reduce-scatter of ``count`` elements a rank; all-gather of ``count`` words, many of them the sentinel."""
+    words = torch.int32 if dtype.itemsize == 4 else torch.int16
     with make_simulated(world, max_size=SLOT_BYTES) as ranks:
-        for _ in range(100):
-            count = int(2 ** (torch.rand(1, generator=generator).item() * 21))
-            inputs = inputs_of(world, count, torch.bfloat16)
-            algo = "ring" if torch.rand(1, generator=generator).item() < 0.5 else "auto"
-            expected = reference.all_reduce([tensor.cpu() for tensor in inputs])
-            for output in call_all(ranks, inputs, algo):
-                assert_bits_equal(output.cpu(), expected)
+        for count in COUNTS:
+            inputs = inputs_of(world, world * count, dtype)
+            for rank, output in enumerate(call_all(ranks, inputs, ops.reduce_scatter)):
+                expected = reference.all_reduce([x[rank * count : (rank + 1) * count] for x in inputs])
+                assert_bits_equal(output, expected, f"reduce_scatter, {count}")
+            values = [x[:count].view(words).clone() for x in inputs]
+            for rank, value in enumerate(values):
+                value[rank % 3 :: 3] = -1
+            for pieces in (values, [value.view(torch.uint8)[1:] for value in values]):
+                for output in call_all(ranks, pieces, ops.all_gather):
+                    assert_bits_equal(output, torch.cat(pieces), f"all_gather, {count}")
+        assert [rank.fault() for rank in ranks] == [""] * world
 
 
-def test_graphs_replay_with_changed_inputs() -> None:
+@pytest.mark.parametrize("one_shot_bytes", [16, 1 << 30])
+def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
+    with make_simulated(4, max_size=SLOT_BYTES, one_shot_bytes=one_shot_bytes) as ranks:
+        plain, ring = ("one_shot", "one_shot_ring") if one_shot_bytes > 1 << 20 else ("two_shot", "two_shot_ring")
+        assert ops._v2_algorithm(ranks[0].group_name, 4096) == plain
+        assert ops._v2_algorithm(ranks[0].group_name, 64 << 20) == ring
+        for count in (5000, (1 << 20) + 3):
+            inputs = inputs_of(4, count, torch.bfloat16)
+            for output in call_all(ranks, inputs, SUMS["all_reduce"]):
+                assert_bits_equal(output, reference.all_reduce(inputs))
+
+
+@pytest.mark.parametrize("call", [SUMS["all_reduce"], SUMS["v1"]], ids=["v2", "v1"])
+def test_graphs_replay_with_changed_inputs(call: Call) -> None:
     world, count = 4, 5000
     with make_simulated(world) as ranks:
         inputs = [torch.zeros(count, dtype=torch.bfloat16, device="cuda") for _ in ranks]
         graphs, outputs = [], []
-        for rank, tensor in zip(ranks, inputs, strict=True):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=rank.stream):
-                once = torch.ops.sgl_comm.all_reduce(tensor, rank.group_name)
-                outputs.append(torch.ops.sgl_comm.all_reduce(once, rank.group_name))
-            graphs.append(graph)
+        with capture_simulated(ranks):
+            for rank, tensor in zip(ranks, inputs, strict=True):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=rank.stream):
+                    outputs.append(call(call(tensor, rank.group_name), rank.group_name))
+                graphs.append(graph)
         for seed in range(20):
             for rank, tensor in enumerate(inputs):
                 tensor.copy_(torch.randn(count, generator=torch.Generator().manual_seed(world * seed + rank)))
@@ -82,34 +121,46 @@ def test_graphs_replay_with_changed_inputs() -> None:
                 with torch.cuda.stream(rank.stream):
                     graph.replay()
             torch.cuda.synchronize()
-            once = reference.all_reduce([tensor.cpu() for tensor in inputs])
+            once = reference.all_reduce(inputs)
             for output in outputs:
-                assert_bits_equal(output.cpu(), reference.all_reduce([once] * world))
+                assert_bits_equal(output, reference.all_reduce([once] * world))
 
 
-def test_a_rank_that_does_not_come_ends_in_nan_and_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["one_shot", "two_shot", "one_shot_ring", "two_shot_ring", "v1"])
+def test_a_rank_that_does_not_come_ends_in_nan_and_an_error_that_names_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    call = SUMS[name]
     with make_simulated(3) as ranks:
         x = torch.ones(1000, device="cuda")
-        outputs = [ranks[0].all_reduce(x), ranks[1].all_reduce(x)]
-        torch.cuda.synchronize()
+        outputs = call_all(ranks[:2], [x, x], call)
         assert all(output.isnan().all() for output in outputs)
         assert "rank 2, which never came" in ranks[0].fault()
-        with pytest.raises(RuntimeError, match="rank 2, which never came"):
-            ranks[0].all_reduce(x)
-        late = ranks[2].all_reduce(x)
-        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match=r"rank 0: .*rank 2, which never came"):
+            call(x, ranks[0].group_name)
+        (late,) = call_all(ranks[2:], [x], call)
         assert late.isnan().all()
         assert "rank 2, which never came" in ranks[2].fault()
     assert torch.ones(4, device="cuda").sum().item() == 4
 
 
-def test_an_algorithm_that_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize(("op", "name"), [(ops.reduce_scatter, "reduce_scatter"), (ops.all_gather, "all_gather")])
+def test_the_halves_fail_softly_too(op: Call, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    with make_simulated(3) as ranks:
+        x = torch.ones(999, device="cuda")
+        outputs = call_all(ranks[:2], [x, x], op)
+        assert all(output[-1].isnan() for output in outputs)
+        assert f"rank 2, which never came ({name}, call 1" in ranks[0].fault()
+    assert torch.ones(4, device="cuda").sum().item() == 4
+
+
+def test_an_unknown_algorithm_or_dtype_is_refused() -> None:
     with make_simulated(2, max_size=65536) as ranks:
         x = torch.ones(1 << 20, device="cuda")
-        with pytest.raises(sgl_comm.SglCommError, match="custom_all_reduce_v2: got algo 'one_shot' for 4194304 bytes"):
-            sgl_comm.ops.custom_all_reduce_v2(x, ranks[0].group_name, "one_shot")
-        with pytest.raises(sgl_comm.SglCommError, match="expected auto, one_shot or ring"):
+        for wrapper in (sgl_comm.ops.custom_all_reduce_v1, sgl_comm.ops.custom_all_reduce_v2):
+            with pytest.raises(sgl_comm.SglCommError, match="expected float32, bfloat16 or float16"):
+                wrapper(x.int(), ranks[0].group_name)
+        with pytest.raises(sgl_comm.SglCommError, match="got algo 'tree'; expected auto, one_shot, two_shot"):
             sgl_comm.ops.custom_all_reduce_v2(x, ranks[0].group_name, "tree")
-        with pytest.raises(sgl_comm.SglCommError, match="expected float32, bfloat16 or float16"):
-            sgl_comm.ops.custom_all_reduce_v2(x.int(), ranks[0].group_name)

@@ -1,0 +1,227 @@
+"""all_gather between real processes: every rank's rows in rank order, bit for bit, for every dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import (
+    DTYPES,
+    SLOT_BYTES,
+    AllGather,
+    AllReduce,
+    Ranks,
+    differs,
+    errors_of_differing_calls,
+    generator,
+    group_without_shared_memory,
+    interleaved,
+    layouts_of_ranks,
+    name_of,
+    refused_calls,
+    run_calls,
+)
+from torch import Tensor
+
+import sgl_comm
+from sgl_comm import testing
+from sgl_comm.testing import RankContext
+
+EVERY_DTYPE = (
+    *DTYPES,
+    torch.float64,
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    torch.bool,
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.complex64, torch.complex128),
+)
+
+SHAPES: tuple[tuple[int, ...], ...] = (
+    *((0,), (0, 3), (4, 0)),
+    *((1,), (1, 1)),
+    (7,),
+    *((8,), (2, 4)),
+    *((1000,), (10, 100), (5, 10, 20)),
+    *((26, 40), (2, 4, 10, 13)),
+)
+"""Shapes of which every layout is tried."""
+
+
+def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
+    """Every rank's values: any bits at all, NaN of every payload among them; for bool, zeros and ones."""
+    size = torch.empty(tuple(shape), device="meta").numel() * dtype.itemsize
+    limit = 2 if dtype == torch.bool else 256
+    random_bits = generator(world, shape, dtype, *seed)
+    made = [torch.randint(limit, (size,), generator=random_bits, dtype=torch.uint8) for _ in range(world)]
+    return [x.view(dtype).view(tuple(shape)) for x in made]
+
+
+def matrix(ctx: RankContext) -> list[str]:
+    wrong = []
+    for shape in SHAPES:
+        for dtype in EVERY_DTYPE:
+            values = random_bytes(ctx.world, shape, dtype)
+            calls = [
+                AllGather(name_of(dtype, shape, names), values, layouts, ctx.group.group_name, ctx.rank)
+                for names, layouts in layouts_of_ranks(shape, ctx.world)
+            ]
+            wrong += run_calls(ctx, calls)
+    return wrong
+
+
+def around_the_chunk(ctx: RankContext) -> list[str]:
+    """Sizes at which the number of steps changes, and a large one."""
+    wrong = []
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.complex128):
+        slot = SLOT_BYTES // dtype.itemsize
+        for count in (slot - 1, slot, slot + 1, 2 * slot, 3 * slot + 5):
+            values = random_bytes(ctx.world, (count,), dtype)
+            layout = testing.layouts((count,))["offset"]
+            call = AllGather(name_of(dtype, count), values, [layout] * ctx.world, ctx.group.group_name, ctx.rank)
+            wrong += run_calls(ctx, [call])
+    shape = (7, (2**19 + 3) // 7)
+    values = random_bytes(ctx.world, shape, torch.float32)
+    for names, layouts in (("row-major", ["row_major"]), ("mixed", ["transposed", "row_major", "expanded"])):
+        mixed = [testing.layouts(shape)[layouts[rank % len(layouts)]] for rank in range(ctx.world)]
+        call = AllGather(name_of("large", names), values, mixed, ctx.group.group_name, ctx.rank)
+        wrong += run_calls(ctx, [call])
+    return wrong
+
+
+def sentinels_and_specials(ctx: RankContext) -> list[str]:
+    """Words that a kernel may use as a signal, NaN payloads, zeros of both signs, subnormals: none may change."""
+    values: dict[str, Tensor] = {
+        "-1 as int32": torch.full((4099,), -1, dtype=torch.int32),
+        "-2 as int32": torch.full((4099,), -2, dtype=torch.int32),
+        "-1 as int64": torch.full((1030,), -1, dtype=torch.int64),
+        "-1 as int8": torch.full((4099,), -1, dtype=torch.int8),
+        "zeros": torch.zeros(1030, dtype=torch.int32),
+        "true": torch.ones(1031, dtype=torch.bool),
+    }
+    values |= {name_of("special", dtype): testing.special_values(dtype) for dtype in (*DTYPES, torch.float64)}
+    calls = []
+    for name, x in values.items():
+        layout = testing.layouts(x.shape)["row_major"]
+        every = [x.roll(rank) for rank in range(ctx.world)]
+        calls.append(AllGather(name, every, [layout] * ctx.world, ctx.group.group_name, ctx.rank))
+    wrong = run_calls(ctx, calls)
+    if ctx.device.type == "cpu":
+        wrong += [f"flush to zero, {text}" for text in run_calls(ctx, calls, flush_denormal=True)]
+    return wrong
+
+
+def lazy_views(ctx: RankContext) -> list[str]:
+    """A conjugate and a negation that torch has not carried out yet."""
+    x = torch.view_as_complex(torch.arange(12.0).view(6, 2)).to(ctx.device) + ctx.rank
+    every = torch.cat([x - ctx.rank + rank for rank in range(ctx.world)])
+    wrong = []
+    for name, view in (("conj", torch.Tensor.conj), ("conj.imag", lambda z: z.conj().imag)):
+        out = torch.ops.sgl_comm.all_gather(view(x), ctx.group.group_name)
+        wrong += differs(out.cpu(), view(every).cpu().resolve_conj().resolve_neg(), name)
+    return wrong
+
+
+def by_the_own_backend(ctx: RankContext) -> list[str]:
+    """Where no shared memory serves: still every dtype, bit for bit."""
+    wrong = []
+    with group_without_shared_memory(ctx) as group:
+        for shape in ((0,), (5,), (3, 4), (4, 0), (2, 3, 4, 5)):
+            for dtype in EVERY_DTYPE:
+                values = random_bytes(ctx.world, shape, dtype, "fallback")
+                calls = [
+                    AllGather(name_of(dtype, shape, names), values, layouts, group, ctx.rank)
+                    for names, layouts in layouts_of_ranks(shape, ctx.world)
+                ]
+                wrong += run_calls(ctx, calls if ctx.device.type == "cpu" else calls[-1:])
+    return wrong
+
+
+def cause_is_told(ctx: RankContext) -> str:
+    """Torch's own error, once its group is gone."""
+    group = dist.new_group(list(range(ctx.world)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+        comm = sgl_comm.init(group)
+    dist.destroy_process_group(group)
+    try:
+        comm.all_gather(torch.ones(3))
+    except sgl_comm.SglCommError as error:
+        return str(error)
+    finally:
+        comm.close()
+    return "no error"
+
+
+def refused(ctx: RankContext) -> dict[str, str]:
+    return refused_calls(ctx, sgl_comm.ops.all_gather)
+
+
+def test_every_dtype_size_and_layout(ranks: Ranks) -> None:
+    ranks.all_right(matrix)
+
+
+def test_sizes_around_the_chunk_and_a_large_one(ranks: Ranks) -> None:
+    ranks.all_right(around_the_chunk)
+
+
+def test_no_value_is_changed(ranks: Ranks) -> None:
+    ranks.all_right(sentinels_and_specials)
+
+
+def test_lazy_conjugates_and_negations(ranks: Ranks) -> None:
+    ranks.all_right(lazy_views)
+
+
+def test_the_own_backend_serves_where_shared_memory_does_not(ranks: Ranks) -> None:
+    ranks.all_right(by_the_own_backend)
+
+
+def test_an_error_of_the_own_backend_is_told() -> None:
+    for text in Ranks("cpu", 2).run(cause_is_told):
+        assert text.startswith("sgl_comm::all_gather: the fallback to the own backend of group '")
+        assert "(NCCL or gloo) failed on Float[3] on cpu: RuntimeError: Could not resolve the process group" in text
+        assert "Exception raised from" not in text
+
+
+def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None:
+    texts, *others = ranks.run(refused)
+    assert others == [{}] * (ranks.world - 1)
+    expected = {
+        "requires grad": "that requires grad; expected one that does not",
+        "unknown group": "unknown group 'nowhere'; call sgl_comm.init(group) first",
+        "no dimension": "; expected at least one dimension",
+        "sparse": "got a tensor without strides",
+    }
+    assert texts.keys() == expected.keys()
+    for what, words in expected.items():
+        assert texts[what].startswith("sgl_comm::all_gather: ")
+        assert words in texts[what]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("op", "count", "dtype", "words"),
+    [
+        ("all_gather", 1001, torch.float32, "all_gather of 1001 float32"),
+        ("all_gather", 0, torch.float32, "all_gather of 0 float32"),
+        ("all_gather", 500_000, torch.float32, "all_gather of 500000 float32"),
+        ("all_gather", 1000, torch.int32, "all_gather of 1000 Int"),
+        ("all_gather", 1000, torch.float8_e5m2, "all_gather of 1000 Float8_e5m2"),
+        ("all_reduce", 1000, torch.float32, "all_reduce of 1000 float32"),
+    ],
+    ids=str,
+)
+def test_ranks_that_differ_get_an_error_on_every_rank(
+    world: int, op: str, count: int, dtype: torch.dtype, words: str
+) -> None:
+    for text in Ranks("cpu", world).run(errors_of_differing_calls, "all_gather", op, count, dtype, deadline=30):
+        assert "called all_gather of 1000 float32" in text
+        assert f"called {words}" in text
+        assert "rank 1" in text
+
+
+def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:
+    ranks.all_right(interleaved, [AllGather, AllReduce], 200)

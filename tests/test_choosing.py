@@ -1,0 +1,575 @@
+"""What serves a tensor and why: explain(), SGL_COMM_INVARIANT, sizes of workspaces, and the protocol of the classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import error_text, meet
+from torch import Tensor
+
+import sgl_comm
+from sgl_comm import _library, capability
+from sgl_comm.capability import Survey
+from sgl_comm.custom_all_reduce_v1 import DEFAULT_MAX_SIZE, CustomAllReduceV1
+from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2, default_max_size
+from sgl_comm.explanation import Explanation
+from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE, GpuAllReduce
+from sgl_comm.rendezvous import Rendezvous
+from sgl_comm.shm_all_reduce import ShmAllReduce
+from sgl_comm.testing import RankContext, run_ranks
+from sgl_comm.thresholds import ALL_SIZES, Thresholds, supported_world_sizes
+
+KIB, MIB = 1 << 10, 1 << 20
+GPU = torch.device("cuda", 0)
+
+NO_NVLINK = "no NVLink between the GPUs of rank 0 and rank 1; `nvidia-smi topo -m` shows which GPUs have it"
+NO_ACCESS = "no peer access between the GPUs of rank 0 and rank 1; an IOMMU may keep it off"
+SURVEYS = {
+    "v2": Survey("", ""),
+    "v1": Survey(NO_NVLINK, ""),
+    "gloo": Survey(NO_ACCESS, NO_ACCESS),
+    "gloo, two reasons": Survey(NO_NVLINK, NO_ACCESS),
+}
+TINY = Thresholds(one_shot_bytes=1 * KIB, fallback_bytes=4 * KIB)
+
+
+# --- groups of GPUs that are not there
+
+
+@dataclass(frozen=True)
+class Described:
+    """What of a tensor is looked at to choose; no GPU is needed for it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    nbytes: int
+
+
+def on_gpu(dtype: torch.dtype, nbytes: int, device: torch.device = GPU) -> Tensor:
+    return cast(Tensor, Described(device, dtype, nbytes))
+
+
+@contextmanager
+def pretended_gpu(found: Survey, backend: str = "") -> Iterator[None]:
+    """Makes this process believe in a GPU, in what is found of the group, and that every set-up succeeds.
+
+    No kernel is there for it. backend: taken for the group's own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_library, "cuda_missing", "there is none, for this test")
+        patch.setattr(capability, "survey", lambda link, device: found)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(GpuAllReduce, "_set_up", lambda self, link, max_size: "")
+        patch.setattr(CustomAllReduceV2, "algorithm", lambda self, num_bytes: "one_shot")
+        if backend:
+            patch.setattr(Rendezvous, "backend_for", lambda self, device_type: backend)
+        yield
+
+
+@contextmanager
+def tiny_thresholds() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda world, compute_capability: TINY)
+        yield
+
+
+@contextmanager
+def invariant(text: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGL_COMM_INVARIANT", text)
+        yield
+
+
+@contextmanager
+def log_lines(lines: list[str]) -> Iterator[None]:
+    """Collects what the package logs, from INFO on."""
+    logger = logging.getLogger("sgl_comm")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a communicator says of itself, and its explanation of each tensor."""
+
+    backend: str
+    reason: str
+    lines: list[str]
+    explanations: dict[str, Explanation]
+
+
+def chosen(ctx: RankContext, survey: str) -> Chosen:
+    lines: list[str] = []
+    tensors = {
+        "float": (on_gpu(torch.bfloat16, 2000), "sum"),
+        "int": (on_gpu(torch.int32, 2000), "sum"),
+        "max": (on_gpu(torch.float32, 2000), "max"),
+        "CPU": (torch.ones(4), "sum"),
+        "CPU int": (torch.ones(4, dtype=torch.int32), "sum"),
+        "CPU max": (torch.ones(4), "max"),
+    }
+    group = dist.new_group(list(range(ctx.world)))
+    with pretended_gpu(SURVEYS[survey]), log_lines(lines), sgl_comm.init(group, "cuda:0") as comm:
+        explanations = {name: comm.explain(x, reduce_op) for name, (x, reduce_op) in tensors.items()}
+        result = Chosen(comm.backend, comm.reason, lines, explanations)
+    dist.destroy_process_group(group)
+    return result
+
+
+INT = "the dtype is torch.int32, and the kernels sum float32, bfloat16 or float16"
+INT_FIX = "a tensor of float32, bfloat16 or float16"
+MAX = "reduce_op is 'max', and the kernels sum"
+EXPLAINED_ON_CPU = {
+    "CPU": Explanation("shm"),
+    "CPU int": Explanation("gloo", "", {"shm": INT}, INT_FIX),
+    "CPU max": Explanation("gloo", "", {"shm": MAX}),
+}
+NVLINK, NVLINK_FIX = NO_NVLINK.split("; ")
+ACCESS, ACCESS_FIX = NO_ACCESS.split("; ")
+
+EXPLAINED = {
+    "v2": {
+        "float": Explanation("v2", "one_shot"),
+        "int": Explanation("gloo", "", {"v2": INT, "v1": INT}, INT_FIX),
+        "max": Explanation("gloo", "", {"v2": MAX, "v1": MAX}),
+    },
+    "v1": {
+        "float": Explanation("v1", "one_shot_pull", {"v2": NVLINK}, NVLINK_FIX),
+        "int": Explanation("gloo", "", {"v2": NVLINK, "v1": INT}, f"{NVLINK_FIX}; {INT_FIX}"),
+        "max": Explanation("gloo", "", {"v2": NVLINK, "v1": MAX}, NVLINK_FIX),
+    },
+    "gloo": dict.fromkeys(("float", "int", "max"), Explanation("gloo", "", {"v2": ACCESS, "v1": ACCESS}, ACCESS_FIX)),
+    "gloo, two reasons": dict.fromkeys(
+        ("float", "int", "max"),
+        Explanation("gloo", "", {"v2": NVLINK, "v1": ACCESS}, f"{NVLINK_FIX}; {ACCESS_FIX}"),
+    ),
+}
+REASONS = {"v2": "", "v1": NO_NVLINK, "gloo": NO_ACCESS, "gloo, two reasons": f"{NO_NVLINK}; V1 neither: {NO_ACCESS}"}
+
+
+@pytest.mark.parametrize("survey", SURVEYS)
+def test_explain_says_what_serves_and_why_nothing_better(survey: str) -> None:
+    for rank, result in enumerate(run_ranks(chosen, 2, survey)):
+        backend = survey.partition(",")[0]
+        assert (result.backend, result.reason) == (backend, REASONS[survey])
+        assert result.explanations == EXPLAINED[survey] | EXPLAINED_ON_CPU
+        why = f" ({result.reason})" if result.reason else ""
+        level = "WARNING" if result.reason else "INFO"
+        (line,) = result.lines  # one a process
+        assert line.startswith(f"{level}: sgl_comm: group ")
+        assert line.endswith(f", rank {rank} of 2, cuda:0: served by {backend}{why}")
+
+
+def explained_on_cpu(ctx: RankContext) -> dict[str, Explanation]:
+    assert ctx.comm is not None
+    tensors = {"CPU": torch.ones(4), "CPU int": torch.ones(4, dtype=torch.int32), "GPU": on_gpu(torch.float32, 16)}
+    found = {name: ctx.comm.explain(x) for name, x in tensors.items()}
+    return found | {"CPU max": ctx.comm.explain(torch.ones(4), "max")}
+
+
+def test_explain_in_a_group_of_the_cpu() -> None:
+    why = "the group was initialised for the CPU"
+    on_a_gpu = Explanation("gloo", "", {"v2": why, "v1": why}, "init(group, device='cuda')")
+    assert run_ranks(explained_on_cpu, 2) == [EXPLAINED_ON_CPU | {"GPU": on_a_gpu}] * 2
+
+
+def test_an_explanation_is_a_few_lines() -> None:
+    assert str(Explanation("v2", "two_shot")) == "served by v2 (two_shot)"
+    assert str(EXPLAINED["v1"]["float"]).split("\n") == [
+        "served by v1 (one_shot_pull)",
+        "not by v2: no NVLink between the GPUs of rank 0 and rank 1",
+        "to fix it: `nvidia-smi topo -m` shows which GPUs have it",
+    ]
+
+
+# --- SGL_COMM_INVARIANT
+
+
+def served_sizes(ctx: RankContext, backend: str, text: str) -> dict[str, object]:
+    """Up to which of a few sizes the classes serve, and what explain() says of one above the threshold."""
+    sizes = (2, TINY.one_shot_bytes, TINY.fallback_bytes, TINY.fallback_bytes + 2, 1 << 40)
+    group = dist.new_group(list(range(ctx.world)))
+    found: dict[str, object] = {}
+    with pretended_gpu(Survey("", ""), backend), tiny_thresholds(), invariant(text):
+        for kind in (CustomAllReduceV1, CustomAllReduceV2):
+            part = kind(group, "cuda:0")
+            served = [size for size in sizes if part.should_custom_ar(on_gpu(torch.bfloat16, size))]
+            found[kind.__name__] = (max(served), part.thresholds)
+            too_large = on_gpu(torch.bfloat16, TINY.fallback_bytes + 2)
+            if not part.should_custom_ar(too_large):
+                found[f"{kind.__name__} above"] = part.custom_all_reduce(too_large)
+            part.close()
+        with sgl_comm.init(group, "cuda:0") as comm:
+            found["small"] = comm.explain(on_gpu(torch.bfloat16, TINY.fallback_bytes))
+            found["large"] = comm.explain(on_gpu(torch.bfloat16, TINY.fallback_bytes + 2))
+    dist.destroy_process_group(group)
+    return found
+
+
+@pytest.mark.parametrize(("backend", "text"), [("gloo", "0"), ("gloo", "1"), ("nccl", "1"), ("nccl", "")])
+def test_every_size_is_served_unless_nccl_may_take_over(backend: str, text: str) -> None:
+    """gloo never takes over: it is no faster at any size."""
+    every = (1 << 40, Thresholds(TINY.one_shot_bytes, ALL_SIZES))
+    for found in run_ranks(served_sizes, 2, backend, text):
+        assert found == {
+            "CustomAllReduceV1": every,
+            "CustomAllReduceV2": every,
+            "small": Explanation("v2", "one_shot"),
+            "large": Explanation("v2", "one_shot"),
+        }
+
+
+def test_nccl_takes_over_above_its_threshold_where_it_may() -> None:
+    limited = (TINY.fallback_bytes, TINY)
+    why = "4098 bytes are more than 4096, and SGL_COMM_INVARIANT is 0"
+    for found in run_ranks(served_sizes, 2, "nccl", "0"):
+        assert found == {
+            "CustomAllReduceV1": limited,
+            "CustomAllReduceV1 above": None,
+            "CustomAllReduceV2": limited,
+            "CustomAllReduceV2 above": None,
+            "small": Explanation("v2", "one_shot"),
+            "large": Explanation("nccl", "", {"v2": why, "v1": why}, "SGL_COMM_INVARIANT=1"),
+        }
+
+
+def init_errors(ctx: RankContext, text_on_rank_1: str) -> list[str]:
+    """Of the communicator and of each class, where rank 1 alone has a bad setting."""
+    group = dist.new_group(list(range(ctx.world)))
+    makers: list[Callable[[], object]] = [
+        lambda: sgl_comm.init(group, "cuda:0"),
+        lambda: CustomAllReduceV1(group, "cuda:0"),
+        lambda: CustomAllReduceV2(group, "cuda:0"),
+    ]
+    with pretended_gpu(Survey("", "")):
+        with invariant(text_on_rank_1 if ctx.rank == 1 else "1"):
+            texts = [error_text(make) for make in makers]
+        with sgl_comm.init(group, "cuda:0") as comm:
+            texts.append(comm.backend)
+    dist.destroy_process_group(group)
+    return texts
+
+
+def test_a_bad_setting_on_one_rank_is_an_error_on_all() -> None:
+    problem = "got SGL_COMM_INVARIANT='yes'; expected 0 or 1"
+    for rank, texts in enumerate(run_ranks(init_errors, 2, "yes")):
+        assert texts == [f"init: {problem}" if rank == 1 else f"init: rank 1: {problem}"] * 3 + ["v2"]
+
+
+def sizes_refused(ctx: RankContext) -> list[str]:
+    group = dist.new_group(list(range(ctx.world)))
+    texts = []
+    with pretended_gpu(Survey("", "")):
+        for size in (0, -MIN_MAX_SIZE, MIN_MAX_SIZE + 1, 1000):
+            mine = size if ctx.rank == 1 else MIN_MAX_SIZE
+            for kind in (CustomAllReduceV1, CustomAllReduceV2):
+                texts.append(error_text(lambda make=kind, size=mine: make(group, "cuda:0", max_size=size)))
+            texts.append(error_text(lambda size=mine: sgl_comm.init(group, "cuda:0", max_size=size)))
+        with sgl_comm.init(group, "cuda:0", max_size=MIN_MAX_SIZE) as comm:
+            texts.append(comm.backend)
+    dist.destroy_process_group(group)
+    return texts
+
+
+def test_a_bad_max_size_on_one_rank_is_an_error_on_all() -> None:
+    for texts in run_ranks(sizes_refused, 2):
+        *refused, backend = texts
+        assert len(refused) == 12
+        assert all("max_size" in text and "expected a multiple of 65536 bytes, above 0" in text for text in refused)
+        assert backend == "v2"
+
+
+# --- how large workspaces are
+
+CONTROL_BYTES, FLAG_BYTES, BLOCK_BYTES, NUM_BANKS = 4 * KIB, 16 * KIB, 2 * MIB, 3
+
+
+def rounded(num_bytes: int) -> int:
+    """To whole blocks, as a workspace is allocated."""
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("world", supported_world_sizes())
+def test_workspaces_are_as_small_as_documented(world: int) -> None:
+    max_size = default_max_size(world)
+    v2 = rounded(CONTROL_BYTES + NUM_BANKS * (world - 1) * max_size)
+    v1 = rounded(CONTROL_BYTES + FLAG_BYTES + DEFAULT_MAX_SIZE + DEFAULT_MAX_SIZE // world + 16)
+    assert max_size % MIN_MAX_SIZE == 0
+    assert MIN_MAX_SIZE < max_size <= 4 * MIB
+    assert v2 <= 48 * MIB
+    assert v1 <= 14 * MIB
+    assert v2 + v1 <= 64 * MIB
+    assert max_size == 4 * MIB or v2 == 48 * MIB, "no more is given up than must be"
+
+
+# --- the protocol that engines call
+
+CLASSES = {"v1": CustomAllReduceV1, "v2": CustomAllReduceV2, "shm": ShmAllReduce}
+
+
+def by_its_class(ctx: RankContext, kind: str) -> list[str]:
+    """disabled, should_custom_ar, custom_all_reduce, capture and close, as an engine calls them."""
+    device = torch.device("cpu") if kind == "shm" else ctx.device
+    group = dist.new_group(list(range(ctx.world)))
+    part = CLASSES[kind](group, device, max_size=1 << 20)
+    floats, ints = torch.ones(3000, device=device), torch.ones(3, dtype=torch.int32, device=device)
+    elsewhere = torch.ones(3) if kind != "shm" else on_gpu(torch.float32, 12)
+    total = float(ctx.world)
+    seen = {
+        "enabled": not part.disabled and part.reason == "" and part.fault() == "",
+        "floats": part.should_custom_ar(floats) and part.should_custom_ar(floats.half()),
+        "ints": not part.should_custom_ar(ints) and part.custom_all_reduce(ints) is None,
+        "elsewhere": not part.should_custom_ar(elsewhere) and part.custom_all_reduce(elsewhere) is None,
+    }
+
+    def is_sum(out: Tensor | None) -> bool:
+        return out is not None and out.unique().tolist() == [total]
+
+    seen["eager"] = is_sum(part.custom_all_reduce(floats))
+    with part.capture():
+        seen["warm-up"] = is_sum(part.custom_all_reduce(floats))
+        if device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = part.custom_all_reduce(floats)
+        seen["after the capture"] = is_sum(part.custom_all_reduce(floats))
+    if device.type == "cuda":
+        for turn in (2.0, 5.0):
+            floats.fill_(turn)
+            meet(ctx)
+            graph.replay()
+            meet(ctx)
+            seen[f"replay with {turn}"] = out is not None and out.unique().tolist() == [turn * total]
+        floats.fill_(1.0)
+        del graph
+    seen["no error was raised"] = error_text(lambda: raise_in_capture(part, ctx.rank == 1)) == (
+        "" if ctx.rank == 1 else "capture: rank 1: KeyError: 'planted'"
+    )
+    seen["fault"] = part.fault() == ""
+    meet(ctx)
+    part.close()
+    part.close()
+    closed = error_text(lambda: part.custom_all_reduce(floats))
+    seen["closed"] = "is closed; init() it again" in closed or "unknown group" in closed
+    again = CLASSES[kind](group, device)
+    seen["again"] = is_sum(again.custom_all_reduce(floats))
+    meet(ctx)
+    again.close()
+    dist.destroy_process_group(group)
+    return [name for name, right in seen.items() if not right]
+
+
+def raise_in_capture(part: GpuAllReduce | ShmAllReduce, fails: bool) -> None:
+    """Raises what a rank gets from another's error; the failing one's own must come out as it is."""
+    try:
+        with part.capture():
+            if fails:
+                raise KeyError("planted")
+    except KeyError:
+        assert fails
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shm_has_the_protocol(world: int) -> None:
+    assert run_ranks(by_its_class, world, "shm", deadline=30) == [[]] * world
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_the_classes_of_gpus_have_the_protocol(kind: str, world: int) -> None:
+    assert run_ranks(by_its_class, world, kind, device="cuda") == [[]] * world
+
+
+def disabled_by_its_class(ctx: RankContext, kind: str) -> list[str]:
+    """Where it cannot serve, an engine asks and gets "no"; nothing raises."""
+    group = dist.new_group(list(range(ctx.world)))
+    with pretended_gpu(SURVEYS["gloo, two reasons"]):
+        part = CLASSES[kind](group, "cuda:0")
+    floats = on_gpu(torch.float32, 12)
+    with part.capture():
+        served = part.custom_all_reduce(floats)
+    seen = {
+        "disabled": part.disabled,
+        "reason": part.reason == (NO_NVLINK if kind == "v2" else NO_ACCESS),
+        "floats": not part.should_custom_ar(floats) and served is None,
+        "fault": part.fault() == "",
+    }
+    part.close()
+    part.close()
+    dist.destroy_process_group(group)
+    return [name for name, right in seen.items() if not right]
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_class_that_cannot_serve_says_no(kind: str) -> None:
+    assert run_ranks(disabled_by_its_class, 2, kind) == [[], []]
+
+
+# --- real GPUs
+
+
+def chosen_on_gpus(ctx: RankContext, survey: str) -> Chosen:
+    lines: list[str] = []
+    group = dist.new_group(list(range(ctx.world)))
+    tensors = {
+        "float": (torch.ones(1000, dtype=torch.bfloat16, device=ctx.device), "sum"),
+        "large": (on_gpu(torch.bfloat16, 3 * MIB, ctx.device), "sum"),
+        "very large": (on_gpu(torch.bfloat16, 1 << 30, ctx.device), "sum"),
+        "int": (torch.ones(4, dtype=torch.int32, device=ctx.device), "sum"),
+        "max": (torch.ones(4, device=ctx.device), "max"),
+        "CPU": (torch.ones(4), "sum"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if survey != "v2":
+            patch.setattr(capability, "survey", lambda link, device: SURVEYS[survey])
+        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda *_: Thresholds(2 * MIB, ALL_SIZES))
+        with log_lines(lines):
+            comm = sgl_comm.init(group, ctx.device)
+    explanations = {name: comm.explain(x, reduce_op) for name, (x, reduce_op) in tensors.items()}
+    wrong = [
+        f"{name}: got {out.unique().tolist()}"
+        for name, (x, reduce_op) in tensors.items()
+        if isinstance(x, Tensor)
+        and (out := comm.all_reduce(x, reduce_op)).unique().tolist() != [1 if reduce_op == "max" else ctx.world]
+    ]
+    assert not wrong, wrong
+    result = Chosen(comm.backend, comm.reason, lines, explanations)
+    meet(ctx)
+    comm.close()
+    dist.destroy_process_group(group)
+    return result
+
+
+EXPLAINED_ON_GPUS = {
+    "v2": {
+        "float": ("v2", "one_shot"),
+        "large": ("v2", "two_shot"),
+        "very large": ("v2", "two_shot_ring"),
+        "int": ("gloo", ""),
+        "max": ("gloo", ""),
+        "CPU": ("shm", ""),
+    },
+    "v1": {
+        "float": ("v1", "one_shot_pull"),
+        "large": ("v1", "two_shot_pull"),
+        "very large": ("v1", "two_shot_pull"),
+        "int": ("gloo", ""),
+        "max": ("gloo", ""),
+        "CPU": ("shm", ""),
+    },
+    "gloo": dict.fromkeys(("float", "large", "very large", "int", "max"), ("gloo", "")) | {"CPU": ("shm", "")},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("survey", EXPLAINED_ON_GPUS)
+def test_explain_with_gpus(survey: str) -> None:
+    for result in run_ranks(chosen_on_gpus, 3, survey, device="cuda"):
+        assert (result.backend, result.reason) == (survey, REASONS[survey])
+        explained = {name: (each.backend, each.algorithm) for name, each in result.explanations.items()}
+        assert explained == EXPLAINED_ON_GPUS[survey]
+        assert len(result.lines) == 1
+        assert f": served by {survey}" in result.lines[0]
+
+
+def captured_with_gloo_alone(ctx: RankContext, survey: str) -> dict[str, str]:
+    """Calls in a capture that only gloo could serve: each error's text, and whether the process goes on."""
+    group = dist.new_group(list(range(ctx.world)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capability, "survey", lambda link, device: SURVEYS[survey])
+        comm = sgl_comm.init(group, ctx.device)
+    floats, ints = torch.ones(6000, device=ctx.device), torch.ones(6, dtype=torch.int32, device=ctx.device)
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce of ints": lambda: comm.all_reduce(ints),
+        "all_reduce_ of ints": lambda: comm.all_reduce_(ints),
+        "all_reduce by max": lambda: comm.all_reduce(floats, "max"),
+        "reduce_scatter of ints": lambda: comm.reduce_scatter(ints),
+    }
+    if survey != "v2":
+        calls |= {
+            "reduce_scatter": lambda: comm.reduce_scatter(floats),
+            "all_gather": lambda: comm.all_gather(floats),
+        }
+    if survey == "gloo":
+        calls |= {"all_reduce": lambda: comm.all_reduce(floats), "all_reduce_": lambda: comm.all_reduce_(floats)}
+
+    def captured(call: Callable[[], object]) -> None:
+        graph, kept = torch.cuda.CUDAGraph(), torch.zeros(1, device=ctx.device)
+        with comm.capture(), torch.cuda.graph(graph):
+            kept += 1
+            call()
+
+    graph, counted = torch.cuda.CUDAGraph(), torch.zeros(1, device=ctx.device)
+    counted += 0  # loads torch's kernel, which a capture should not do
+    texts = {name: error_text(lambda call=call: captured(call)) for name, call in calls.items()}
+    with torch.cuda.graph(graph):
+        counted += 1
+    graph.replay()
+    works = counted.item() == 1 and comm.all_reduce(floats).unique().tolist() == [ctx.world]
+    works &= comm.all_reduce(ints).unique().tolist() == [ctx.world] and comm.backend == survey
+    meet(ctx)
+    comm.close()
+    dist.destroy_process_group(group)
+    return texts | {"afterwards": "works" if works else "does not work"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("survey", ["gloo", "v1", "v2"])
+def test_what_gloo_alone_can_serve_is_refused_in_a_capture(survey: str) -> None:
+    for rank, texts in enumerate(run_ranks(captured_with_gloo_alone, 2, survey, device="cuda")):
+        assert texts.pop("afterwards") == "works"
+        assert len(texts) == {"gloo": 8, "v1": 6, "v2": 4}[survey]
+        for name, text in texts.items():
+            assert "inside a CUDA graph capture" in text, (rank, name, text)
+            assert "only gloo serves it" in text, (rank, name, text)
+            assert "expected a call outside the capture, or a group with NCCL" in text, (rank, name, text)
+            reason = REASONS[survey].partition(";")[0] or "the kernels sum float32, bfloat16 and float16"
+            assert reason in text, (rank, name, text)
+
+
+def nccl_takes_over(ctx: RankContext) -> list[str]:
+    """SGL_COMM_INVARIANT=0 in a group that is taken for one of NCCL; here gloo does NCCL's part."""
+    group = dist.new_group(list(range(ctx.world)))
+    with pytest.MonkeyPatch.context() as patch, tiny_thresholds(), invariant("0"):
+        patch.setattr(Rendezvous, "backend_for", lambda self, device_type: "nccl")
+        comm = sgl_comm.init(group, ctx.device)
+    wrong = []
+    assert comm._v2 is not None
+    for count in (1, TINY.fallback_bytes // 4, TINY.fallback_bytes // 4 + 1, 100_000):
+        x = torch.ones(count, device=ctx.device)
+        above = count * 4 > TINY.fallback_bytes
+        explained = comm.explain(x).backend
+        out = comm.all_reduce(x)
+        by_class = comm._v2.custom_all_reduce(x)
+        if explained != ("nccl" if above else "v2") or (by_class is None) != above:
+            wrong.append(f"{count} elements: served by {explained}, and the class gave {by_class}")
+        if out.unique().tolist() != [ctx.world]:
+            wrong.append(f"{count} elements: got {out.unique().tolist()}")
+    meet(ctx)
+    comm.close()
+    dist.destroy_process_group(group)
+    return wrong
+
+
+@pytest.mark.gpu
+def test_above_the_threshold_the_groups_own_backend_serves() -> None:
+    assert run_ranks(nccl_takes_over, 2, device="cuda") == [[], []]

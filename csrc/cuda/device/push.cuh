@@ -54,7 +54,7 @@ __device__ __forceinline__ void push_to_peers(const PushView& view, uint32_t ban
   }
 }
 
-// Waits for the pack at `place`, of rank `sender`.
+// Waits for the pack at `place`, a sum of rank `sender`.
 __device__ __forceinline__ Trouble await_pack(const GroupView& group, const uint8_t* place, int sender, uint4& pack) {
   const auto incomplete = [&] {
     if (!any_sentinel(pack)) return false;
@@ -62,14 +62,14 @@ __device__ __forceinline__ Trouble await_pack(const GroupView& group, const uint
     return true;
   };
   pack = ptx::load_relaxed_sys(place);
-  return await(group, incomplete) ? kFine : sender;
+  return await(group, incomplete, true) ? kFine : sender;
 }
 
 // Waits for a pack of every peer, those of neighbours `stride` bytes apart; packs[rank] is left alone. Returns kFine or
 // the first rank that did not come.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                               uint4 (&packs)[kWorld]) {
+                                               uint4 (&packs)[kWorld], bool indirect = false) {
   const int rank = ptx::in_register(group.rank);
   const auto load = [&](int r) { return ptx::load_relaxed_sys(places + place_of_sender(r, rank) * stride); };
 #pragma unroll
@@ -87,7 +87,7 @@ __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uin
     }
     return any;
   };
-  if (await(group, incomplete)) return kFine;
+  if (await(group, incomplete, indirect)) return kFine;
   Trouble missing = 0;
 #pragma unroll
   for (int r = kWorld - 1; r >= 0; --r) {

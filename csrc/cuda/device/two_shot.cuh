@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid
     if (kGather && k >= 2 && oldest < m.num_packs && trouble == kFine) {
       uint8_t* const places = bank + sums + ring.offset(k - 2, 0);
       uint4 packs[kWorld]{};
-      trouble = await_peers<kWorld>(group, places, stride, packs);
+      trouble = await_peers<kWorld>(group, places, stride, packs, true);
       empty_places<kWorld>(places, stride);
 #pragma unroll
       for (int r = 0; r < kWorld; ++r) {

@@ -106,6 +106,11 @@ constexpr int kPollsBetweenLooks = 64;
 // after a millisecond also the host's, once a millisecond and by one thread a warp.
 class Patience {
  public:
+  // indirect: what is awaited depends on a third rank, for which every rank waits too. A little more patience here lets
+  // those who miss that rank itself give up first, and name it.
+  __device__ __forceinline__ Patience(const GroupView& group, bool indirect)
+      : limit_(group.timeout_ticks + (indirect ? min(group.timeout_ticks / 16 + 8, 1024u) : 0u)) {}
+
   __device__ __forceinline__ bool exhausted(const GroupView& group) {
     const uint32_t now = static_cast<uint32_t>(ptx::nanoseconds() >> 20);
     if (!started_) {
@@ -121,22 +126,23 @@ class Patience {
       const uint32_t abort = *const_cast<const volatile uint32_t*>(&group.host_abort->abort);
       if (abort != 0) atomicCAS_system(&control_of(group, group.rank)->abort, 0u, abort);
     }
-    return now - since_ > group.timeout_ticks;
+    return now - since_ > limit_;
   }
 
  private:
+  const uint32_t limit_;
   uint32_t since_, last_look_;
   bool started_ = false;
 };
 
 // Polls until incomplete() is false; false if it is time to give up.
 template <typename Poll>
-__device__ __forceinline__ bool await(const GroupView& group, Poll&& incomplete) {
+__device__ __forceinline__ bool await(const GroupView& group, Poll&& incomplete, bool indirect = false) {
 #pragma unroll 1
   for (int poll = 0; poll < kQuickPolls; ++poll) {
     if (!incomplete()) return true;
   }
-  Patience patience;
+  Patience patience(group, indirect);
   for (;;) {
 #pragma unroll 1
     for (int poll = 0; poll < kPollsBetweenLooks; ++poll) {

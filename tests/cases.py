@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import random
 import time
 import zlib
@@ -406,3 +407,15 @@ def errors_of_differing_calls(
         assert comm.all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
     dist.destroy_process_group(group)
     return text
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """``torch.cuda.graph`` during which no garbage is collected: the end of an older graph would end the capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            yield
+    finally:
+        gc.enable()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Ranks, meet, ranks_on
+from cases import Ranks, capturing, meet, ranks_on
 from torch import Tensor
 from windows import OPS, SLACK, Rows, as_words, call, compared, differences, input_count
 
@@ -145,7 +145,7 @@ def run_cases(
     batch.fill(0)
     wrong = batch.wrong(batch.issue(group_name), 0, "eager")
     graph = torch.cuda.CUDAGraph()
-    with capture(), torch.cuda.graph(graph):
+    with capture(), capturing(graph):
         outs = batch.issue(group_name)
     for turn in range(1, REPLAYS + 1):
         batch.fill(turn)

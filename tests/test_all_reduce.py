@@ -15,6 +15,7 @@ from cases import (
     Batch,
     Ranks,
     awkward_values,
+    capturing,
     differs,
     generator,
     layouts_of_ranks,
@@ -269,7 +270,7 @@ def captured(ctx: RankContext, replays: int) -> list[str]:
 
     def capture(static: Batch) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             outs = static.issue()
         return graph, outs
 

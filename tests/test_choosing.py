@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 import torch
 import torch.distributed as dist
-from cases import error_text, meet
+from cases import capturing, error_text, meet
 from torch import Tensor
 
 import sgl_comm
@@ -348,7 +348,7 @@ def by_its_class(ctx: RankContext, kind: str) -> list[str]:
         seen["warm-up"] = is_sum(part.custom_all_reduce(floats))
         if device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with capturing(graph):
                 out = part.custom_all_reduce(floats)
         seen["after the capture"] = is_sum(part.custom_all_reduce(floats))
     if device.type == "cuda":
@@ -514,14 +514,14 @@ def captured_with_gloo_alone(ctx: RankContext, survey: str) -> dict[str, str]:
 
     def captured(call: Callable[[], object]) -> None:
         graph, kept = torch.cuda.CUDAGraph(), torch.zeros(1, device=ctx.device)
-        with comm.capture(), torch.cuda.graph(graph):
+        with comm.capture(), capturing(graph):
             kept += 1
             call()
 
     graph, counted = torch.cuda.CUDAGraph(), torch.zeros(1, device=ctx.device)
     counted += 0  # loads torch's kernel, which a capture should not do
     texts = {name: error_text(lambda call=call: captured(call)) for name, call in calls.items()}
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         counted += 1
     graph.replay()
     works = counted.item() == 1 and comm.all_reduce(floats).unique().tolist() == [ctx.world]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cases import capturing
 from torch import Tensor
 
 import sgl_comm
@@ -266,7 +267,7 @@ def wait_in_vain_on_gpu(ctx: RankContext, how: str, count: int, absent: int) -> 
     graph = torch.cuda.CUDAGraph() if how == "graph" else None
     calls()
     if graph is not None:
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             calls()
         graph.replay()
     torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from cases import meet
+from cases import capturing, meet
 from torch import Tensor
 from windows import Pools, Rows, assert_none_wrong, call, compared, differences
 
@@ -93,7 +93,7 @@ def captured(
     with capture():
         if warm_up:
             found += wrong(issue(), 0, "warm-up inside capture()")
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             outs = issue()
     for turn in (1, 2, 3):
         fill(turn)
@@ -185,7 +185,7 @@ def in_place(ctx: RankContext) -> list[str]:
 
     fill(0)
     wrong += check(issue(), 0, "eager")
-    with comm.capture(), torch.cuda.graph(graph):
+    with comm.capture(), capturing(graph):
         outs = issue()
     for turn in (1, 2):
         fill(turn)
@@ -210,7 +210,7 @@ def temporaries(ctx: RankContext) -> list[str]:
     x = torch.ones(count, dtype=BF16, device=ctx.device)
     x.mul(factors[0])  # loads torch's kernel, which a capture should not do
     graph, outs, wrong = torch.cuda.CUDAGraph(), [], []
-    with comm.capture(), torch.cuda.graph(graph):
+    with comm.capture(), capturing(graph):
         for factor in factors:
             temporary = x * factor
             outs.append(call("v1", temporary, comm.group_name))
@@ -317,7 +317,7 @@ def one_graph(ctx: RankContext, comm: sgl_comm.Communicator, number: int) -> tup
     x = torch.full((MIB,), value, dtype=BF16, device=ctx.device)
     (x + x).sum()  # loads torch's kernels, which a capture should not do
     graph = torch.cuda.CUDAGraph()
-    with comm.capture(), torch.cuda.graph(graph):
+    with comm.capture(), capturing(graph):
         double = x + x
         outs = [call("v1", x, comm.group_name), call("v1", double, comm.group_name)]
     seen = mappings(comm)
@@ -412,7 +412,7 @@ def replayed_unregistered(ctx: RankContext, when: str) -> TooEarly:
     outs: list[Tensor] = []
     try:
         with comm.capture():
-            with torch.cuda.graph(graph):
+            with capturing(graph):
                 outs.append(call("v1", x, comm.group_name))
             if when == "after an error" and ctx.rank == 1:
                 raise ValueError("planted")
@@ -488,7 +488,7 @@ def errors_in_graphs(ctx: RankContext, comm: sgl_comm.Communicator, last: bool) 
 
     def graph_of(calls: int, count: int = 8192, planted: bool = False) -> None:
         graph = torch.cuda.CUDAGraph()
-        with comm.capture(), torch.cuda.graph(graph):
+        with comm.capture(), capturing(graph):
             for _ in range(calls):
                 call("v1", x[:count], comm.group_name)
             if planted:

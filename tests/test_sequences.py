@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, capturing
 from torch import Tensor
 from windows import (
     OPS,
@@ -104,7 +104,7 @@ class Graphs:
     def capture(self) -> None:
         for rank, inputs in zip(self._ranks, self.inputs, strict=True):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=rank.stream):
+            with capturing(graph, stream=rank.stream):
                 calls = zip(self.planned, inputs, strict=True)
                 self.outs.append([call(planned.op, x, rank.group_name) for planned, x in calls])
             self.graphs.append(graph)

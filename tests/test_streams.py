@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from cases import error_text, meet
+from cases import capturing, error_text, meet
 from torch import Tensor
 from windows import (
     V2_OPS,
@@ -199,7 +199,7 @@ def forked_simulated(ctx: RankContext, world: int, kind: str) -> list[str]:
         with capture_simulated(ranks):
             for rank in ranks:
                 graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-                with torch.cuda.graph(graph, stream=rank.stream):
+                with capturing(graph, stream=rank.stream):
                     outs.append(issue_forked(sent, inputs[rank.rank], rank.group_name, rank.stream, side))
                 graphs.append(graph)
         for turn in range(3):
@@ -231,7 +231,7 @@ def forked(ctx: RankContext, kind: str) -> list[str]:
     sent = forked_calls(kind, ctx.world, 0)
     inputs = [torch.zeros(each.count, dtype=BF16, device=ctx.device) for each in sent]
     graph, side, wrong = torch.cuda.CUDAGraph(), torch.cuda.Stream(), []
-    with comm.capture(), torch.cuda.graph(graph):
+    with comm.capture(), capturing(graph):
         outs = issue_forked(sent, inputs, comm.group_name, torch.cuda.current_stream(), side)
     for turn in range(3):
         sent = forked_calls(kind, ctx.world, turn)
@@ -271,7 +271,7 @@ def captured_sums(
     op: str, x: Tensor, times: int, group_name: str, stream: torch.cuda.Stream | None = None
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with capturing(graph, stream=stream):
         outs = [call(op, x, group_name) for _ in range(times)]
     return graph, outs
 

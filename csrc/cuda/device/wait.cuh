@@ -97,8 +97,7 @@ __device__ __forceinline__ void leave(const GroupView& group, int world, const S
   if (blockIdx.x == gridDim.x - 1) control_of(group, group.rank)->ended = start.epoch + 1;
 }
 
-// A wait begins with so many polls of nothing but what is awaited, less than two milliseconds. It is a loop of its own:
-// what follows it in the source would otherwise slow it down, though it is never reached.
+// A wait begins with so many polls of nothing but what is awaited, less than two milliseconds, in a loop of its own.
 constexpr int kQuickPolls = 4096;
 constexpr int kPollsBetweenLooks = 64;
 

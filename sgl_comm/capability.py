@@ -45,6 +45,11 @@ class Survey:
     v1: str
 
 
+def as_device(device: torch.device | str | int) -> torch.device:
+    """A device in any of the ways in which a caller may give it; a number is a GPU's."""
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 def why_not_world_size(world: int) -> str:
     """Why no kernel serves a group of this size; empty if one does."""
     worlds = (1, *supported_world_sizes())
@@ -154,9 +159,5 @@ def _link(own: int, own_uuid: str, visible: dict[str, int], uuid: str) -> Link:
 
 
 def _cuda_link(device: int, peer: int) -> int:
-    """What the driver says: 0 for no access, 1 for peer access, 2 for native atomics too, which is NVLink.
-
-    1 where the CUDA library has no such op.
-    """
-    ask = getattr(torch.ops.sgl_comm, "_cuda_link", None)
-    return 1 if ask is None else ask(device, peer)
+    """What the driver says: 0 for no access, 1 for peer access, 2 for native atomics too, which is NVLink."""
+    return torch.ops.sgl_comm._cuda_link(device, peer)

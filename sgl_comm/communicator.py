@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from sgl_comm import _library, capability
 from sgl_comm import ops as sgl_ops
+from sgl_comm.capability import as_device
 from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
 from sgl_comm.errors import SglCommError
@@ -61,7 +62,7 @@ class Communicator:
         device: torch.device | str | int | None = None,
         max_size: int | None = None,
     ) -> None:
-        link = Rendezvous.of(group, _as_torch_device(device))
+        link = Rendezvous.of(group, None if device is None else as_device(device))
         self.group_name: str = link.name
         self.rank: int = link.rank
         self.world_size: int = link.world
@@ -93,16 +94,19 @@ class Communicator:
     def backend(self) -> str:
         """What serves sums of float tensors on ``device``: "v2", "v1", "shm", or the group's own ("gloo", "nccl")."""
         if self._v2 is None or self._v1 is None:
-            return self._fallback if self._shm.disabled else "shm"
-        return self._fallback if self._v1.disabled and self._v2.disabled else "v1" if self._v2.disabled else "v2"
+            parts = {"shm": self._shm.disabled}
+        else:
+            parts = {"v2": self._v2.disabled, "v1": self._v1.disabled}
+        return next((name for name, disabled in parts.items() if not disabled), self._fallback)
 
     @property
     def reason(self) -> str:
         """Why nothing better serves; empty where the best there is does."""
         if self._v2 is None or self._v1 is None:
             return self._shm.reason
-        also = self._v1.disabled and self._v1.reason != self._v2.reason
-        return f"{self._v2.reason}; V1 neither: {self._v1.reason}" if also and self._v2.reason else self._v2.reason
+        if self._v2.disabled and self._v1.disabled and self._v1.reason != self._v2.reason:
+            return f"{self._v2.reason}; V1 neither: {self._v1.reason}"
+        return self._v2.reason
 
     def explain(self, input: Tensor, reduce_op: str = "sum") -> Explanation:
         """What serves ``all_reduce`` of this tensor, by which algorithm, why nothing better, and what would help."""
@@ -182,17 +186,11 @@ class Communicator:
         self.close()
 
 
-def _as_torch_device(device: torch.device | str | int | None) -> torch.device | None:
-    if device is None:
-        return None
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
 def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tuple[torch.device, str]:
     """The device that is meant, and what is wrong with it or an empty text."""
-    chosen = _as_torch_device(device)
-    if chosen is None:
-        chosen = torch.device("cuda" if link.backend_for("cuda") == "nccl" and torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if link.backend_for("cuda") == "nccl" and torch.cuda.is_available() else "cpu"
+    chosen = as_device(device)
     if chosen.type == "cpu":
         return chosen, ""
     if chosen.type != "cuda":

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sgl_comm import envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.errors import SglCommError
 from sgl_comm.gpu_all_reduce import GpuAllReduce
@@ -40,21 +39,6 @@ class CustomAllReduceV1(GpuAllReduce):
 
     def _open(self, link: Rendezvous) -> None:
         _ops._v1_open(link.name, link.rank, link.world)
-
-    def _publish(self, max_size: int) -> Tensor:
-        return _ops._v1_publish(
-            self.group_name,
-            self.device.index,
-            max_size,
-            self.thresholds.one_shot_bytes,
-            self.thresholds.fallback_bytes,
-            envs.timeout_seconds(),
-            envs.first_epoch(),
-        )
-
-    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
-        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
-        return sgl_ops.custom_all_reduce_v1(input, self.group_name) if self.should_custom_ar(input) else None
 
     @contextmanager
     def capture(self) -> Iterator[None]:

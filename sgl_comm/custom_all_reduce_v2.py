@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from sgl_comm import _fake, envs
-from sgl_comm import ops as sgl_ops
+from sgl_comm import _fake
 from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE, GpuAllReduce
 from sgl_comm.rendezvous import Rendezvous
 
@@ -43,21 +41,6 @@ class CustomAllReduceV2(GpuAllReduce):
     def _open(self, link: Rendezvous) -> None:
         _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"))
         _fake.world_sizes[link.name] = link.world
-
-    def _publish(self, max_size: int) -> Tensor:
-        return _ops._v2_publish(
-            self.group_name,
-            self.device.index,
-            max_size,
-            self.thresholds.one_shot_bytes,
-            self.thresholds.fallback_bytes,
-            envs.timeout_seconds(),
-            envs.first_epoch(),
-        )
-
-    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
-        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
-        return sgl_ops.custom_all_reduce_v2(input, self.group_name) if self.should_custom_ar(input) else None
 
     def algorithm(self, num_bytes: int) -> str:
         """By which algorithm a message of so many bytes goes."""

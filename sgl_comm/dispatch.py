@@ -8,7 +8,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from sgl_comm import capability, thresholds
-from sgl_comm.capability import Survey
+from sgl_comm.capability import Survey, as_device
+from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
 from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
@@ -51,16 +52,12 @@ def dispatch_custom_allreduce(group: ProcessGroup | None, device: torch.device |
         return ShmAllReduce
     found = capability.survey(link, device)
     _log(link, device, found)
-    if not found.v2:
-        return CustomAllReduceV2
-    from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
-
-    return CustomAllReduceV1
+    return CustomAllReduceV1 if found.v2 else CustomAllReduceV2
 
 
 def _agreed(op: str, group: ProcessGroup | None, device: torch.device | str | int) -> tuple[Rendezvous, torch.device]:
     thresholds._maybe_init_config()
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    device = as_device(device)
     link = Rendezvous.of(group, device)
     wrong = "" if device.type in ("cpu", "cuda") else f"got device {str(device)!r}; expected the CPU or a CUDA device"
     link.refuse_together(wrong, op)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgl_comm import _library, capability, envs
-from sgl_comm.capability import SUPPORTED_DTYPES, Survey
+from sgl_comm import ops as sgl_ops
+from sgl_comm.capability import SUPPORTED_DTYPES, Survey, as_device
+from sgl_comm.errors import why_not
 from sgl_comm.rendezvous import Rendezvous, shared_status
 from sgl_comm.thresholds import ALL_SIZES, Thresholds, thresholds_for
 
@@ -38,7 +40,7 @@ class GpuAllReduce:
     """
 
     _kind: ClassVar[str]
-    """"v1" or "v2": the name of its ops and its field in a Survey."""
+    """"v1" or "v2": in the names of its ops, and its field in a Survey."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class GpuAllReduce:
         *,
         found: Survey | None = None,
     ) -> None:
-        self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        self.device = as_device(device)
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         link = Rendezvous.of(group, self.device)
@@ -57,7 +59,7 @@ class GpuAllReduce:
         self._group = weakref.ref(link.group)
         self._registered = False
         self.thresholds = Thresholds(ALL_SIZES, ALL_SIZES)
-        problem = _bad_max_size(max_size) or self._try_to_open(link)
+        problem = _bad_max_size(max_size) or why_not(lambda: self._try_to_open(link))
         try:
             link.refuse_together(problem)
             self.reason = getattr(found or capability.survey(link, self.device), self._kind)
@@ -80,21 +82,14 @@ class GpuAllReduce:
     def _open(self, link: Rendezvous) -> None:
         raise NotImplementedError
 
-    def _publish(self, max_size: int) -> Tensor:
-        raise NotImplementedError
-
-    def _try_to_open(self, link: Rendezvous) -> str:
-        """Registers the group with the CUDA library, if there is one. Returns why this rank cannot, or ""."""
-        try:
-            envs.timeout_seconds()
-            envs.first_epoch()
-            envs.invariant()
-            if not _library.cuda_missing:
-                self._open(link)
-                self._registered = True
-        except RuntimeError as error:
-            return str(error).removeprefix("sgl_comm::init: ")
-        return ""
+    def _try_to_open(self, link: Rendezvous) -> None:
+        """Registers the group with the CUDA library, if there is one."""
+        envs.timeout_seconds()
+        envs.first_epoch()
+        envs.invariant()
+        if not _library.cuda_missing:
+            self._open(link)
+            self._registered = True
 
     def _thresholds(self, link: Rendezvous) -> Thresholds:
         found = thresholds_for(link.world, torch.cuda.get_device_capability(self.device))
@@ -103,8 +98,16 @@ class GpuAllReduce:
 
     def _set_up(self, link: Rendezvous, max_size: int) -> str:
         """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
-        handles = link.all_gather(self._publish(max_size))
-        return link.agree(self._op("attach")(link.name, handles))
+        mine = self._op("publish")(
+            link.name,
+            self.device.index,
+            max_size,
+            self.thresholds.one_shot_bytes,
+            self.thresholds.fallback_bytes,
+            envs.timeout_seconds(),
+            envs.first_epoch(),
+        )
+        return link.agree(self._op("attach")(link.name, link.all_gather(mine)))
 
     def should_custom_ar(self, input: Tensor) -> bool:
         """Whether the kernels serve this tensor. Its size matters with ``SGL_COMM_INVARIANT=0`` alone."""
@@ -114,6 +117,11 @@ class GpuAllReduce:
             and input.dtype in SUPPORTED_DTYPES
             and input.nbytes <= self.thresholds.fallback_bytes
         )
+
+    def custom_all_reduce(self, input: Tensor) -> Tensor | None:
+        """The sum of every rank's input as a new tensor, or None where ``should_custom_ar`` is False."""
+        op = getattr(sgl_ops, f"custom_all_reduce_{self._kind}")
+        return op(input, self.group_name) if self.should_custom_ar(input) else None
 
     def _link(self, op: str) -> Rendezvous:
         return Rendezvous.again(self._group, self.device, op)

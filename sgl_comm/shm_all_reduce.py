@@ -13,20 +13,17 @@ from torch.distributed import ProcessGroup
 from sgl_comm import _fake, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
+from sgl_comm.errors import why_not
 from sgl_comm.rendezvous import Rendezvous, shared_status
 
 _ops = torch.ops.sgl_comm
 
 
-def _try_to_open(link: Rendezvous) -> str:
-    """Registers the group. Returns why this rank cannot, or an empty text."""
-    try:
-        envs.timeout_seconds()
-        envs.first_epoch()
-        _ops._group_open(link.name, link.rank, link.world)
-    except RuntimeError as error:
-        return str(error).removeprefix("sgl_comm::init: ")
-    return ""
+def _open(link: Rendezvous) -> None:
+    """Registers the group."""
+    envs.timeout_seconds()
+    envs.first_epoch()
+    _ops._group_open(link.name, link.rank, link.world)
 
 
 class ShmAllReduce:
@@ -51,7 +48,7 @@ class ShmAllReduce:
         self._group = weakref.ref(link.group)
         self._device = link.device
         self._closed = False
-        problem = _try_to_open(link)
+        problem = why_not(lambda: _open(link))
         try:
             link.refuse_together(problem)
             self.reason = why_not_world_size(link.world) or self._set_up(link)

@@ -30,6 +30,17 @@ SLOT_BYTES = 256 << 10
 """How much a rank of the CPU passes to its peers in one step."""
 
 
+ROW_SHAPES: tuple[tuple[int, ...], ...] = (
+    *((0,), (0, 3), (4, 0)),
+    *((1,), (1, 1)),
+    (7,),
+    *((8,), (2, 4)),
+    *((1000,), (10, 100), (5, 10, 20)),
+    *((26, 40), (2, 4, 10, 13)),
+)
+"""Shapes of which every layout is tried, for ops that join or divide rows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One call, as every rank of its group knows it: what each rank puts in, in which layout, in rank order."""
@@ -391,6 +402,25 @@ def refused_calls(ctx: RankContext, op: Callable[[Tensor, str], Tensor]) -> dict
     return texts
 
 
+REFUSALS = {
+    "requires grad": "that requires grad; expected one that does not",
+    "unknown group": "unknown group 'nowhere'; call sgl_comm.init(group) first",
+    "no dimension": "; expected at least one dimension",
+    "sparse": "got a tensor without strides",
+}
+"""What is bad in ``refused_calls`` -> words of the error."""
+
+
+def assert_refused(op: str, world: int, results: Sequence[dict[str, str]], expected: dict[str, str]) -> None:
+    """For what ``refused_calls`` gave: rank 0 got these errors, and nobody else any."""
+    texts, *others = results
+    assert others == [{}] * (world - 1)
+    assert texts.keys() == expected.keys()
+    for what, words in expected.items():
+        assert texts[what].startswith(f"sgl_comm::{op}: ")
+        assert words in texts[what]
+
+
 def errors_of_differing_calls(
     ctx: RankContext, op: str, op_of_rank_1: str, count_of_rank_1: int, dtype_of_rank_1: torch.dtype
 ) -> str:
@@ -407,6 +437,14 @@ def errors_of_differing_calls(
         assert comm.all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
     dist.destroy_process_group(group)
     return text
+
+
+def assert_every_rank_told(op: str, world: int, other: str, count: int, dtype: torch.dtype, words: str) -> None:
+    """Rank 1 makes another call than `op` of 1000 float32: the error of every rank names both, and rank 1."""
+    for text in Ranks("cpu", world).run(errors_of_differing_calls, op, other, count, dtype, deadline=30):
+        assert f"called {op} of 1000 float32" in text
+        assert f"called {words}" in text
+        assert "rank 1" in text
 
 
 @contextmanager

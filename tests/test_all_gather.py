@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from cases import (
     DTYPES,
+    REFUSALS,
+    ROW_SHAPES,
     SLOT_BYTES,
     AllGather,
     AllReduce,
     Ranks,
+    assert_every_rank_told,
+    assert_refused,
     differs,
-    errors_of_differing_calls,
     generator,
     group_without_shared_memory,
     interleaved,
@@ -39,16 +42,6 @@ EVERY_DTYPE = (
     *(torch.complex64, torch.complex128),
 )
 
-SHAPES: tuple[tuple[int, ...], ...] = (
-    *((0,), (0, 3), (4, 0)),
-    *((1,), (1, 1)),
-    (7,),
-    *((8,), (2, 4)),
-    *((1000,), (10, 100), (5, 10, 20)),
-    *((26, 40), (2, 4, 10, 13)),
-)
-"""Shapes of which every layout is tried."""
-
 
 def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
     """Every rank's values: any bits at all, NaN of every payload among them; for bool, zeros and ones."""
@@ -61,7 +54,7 @@ def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: ob
 
 def matrix(ctx: RankContext) -> list[str]:
     wrong = []
-    for shape in SHAPES:
+    for shape in ROW_SHAPES:
         for dtype in EVERY_DTYPE:
             values = random_bytes(ctx.world, shape, dtype)
             calls = [
@@ -187,18 +180,7 @@ def test_an_error_of_the_own_backend_is_told() -> None:
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None:
-    texts, *others = ranks.run(refused)
-    assert others == [{}] * (ranks.world - 1)
-    expected = {
-        "requires grad": "that requires grad; expected one that does not",
-        "unknown group": "unknown group 'nowhere'; call sgl_comm.init(group) first",
-        "no dimension": "; expected at least one dimension",
-        "sparse": "got a tensor without strides",
-    }
-    assert texts.keys() == expected.keys()
-    for what, words in expected.items():
-        assert texts[what].startswith("sgl_comm::all_gather: ")
-        assert words in texts[what]
+    assert_refused("all_gather", ranks.world, ranks.run(refused), REFUSALS)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -217,10 +199,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None
 def test_ranks_that_differ_get_an_error_on_every_rank(
     world: int, op: str, count: int, dtype: torch.dtype, words: str
 ) -> None:
-    for text in Ranks("cpu", world).run(errors_of_differing_calls, "all_gather", op, count, dtype, deadline=30):
-        assert "called all_gather of 1000 float32" in text
-        assert f"called {words}" in text
-        assert "rank 1" in text
+    assert_every_rank_told("all_gather", world, op, count, dtype, words)
 
 
 def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:

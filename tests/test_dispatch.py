@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, RankPool, run_ranks
 
-V1_MODULE = "sgl_comm.custom_all_reduce_v1"
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -124,10 +122,7 @@ def faked(box: Box, rank: int) -> Iterator[torch.device]:
         index = device.index if isinstance(device, torch.device) else device
         return f"uuid-{visible[index or 0]}"
 
-    module = types.ModuleType(V1_MODULE)
-    module.CustomAllReduceV1 = type("CustomAllReduceV1", (), {})  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, V1_MODULE, module)
         patch.setattr(_library, "cuda_missing", box.missing[rank] if box.missing else "")
         patch.setattr(capability, "host_id", lambda: box.hosts[rank] if box.hosts else "host")
         patch.setattr(capability, "device_uuid", uuid)

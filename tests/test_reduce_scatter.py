@@ -6,13 +6,16 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    REFUSALS,
+    ROW_SHAPES,
     SLOT_BYTES,
     AllReduce,
     Ranks,
     ReduceScatter,
+    assert_every_rank_told,
+    assert_refused,
     awkward_values,
     differs,
-    errors_of_differing_calls,
     generator,
     group_without_shared_memory,
     interleaved,
@@ -28,16 +31,6 @@ import sgl_comm
 from sgl_comm import testing
 from sgl_comm.testing import RankContext, RankPool
 
-SHARES: tuple[tuple[int, ...], ...] = (
-    *((0,), (0, 3), (4, 0)),
-    *((1,), (1, 1)),
-    (7,),
-    *((8,), (2, 4)),
-    *((1000,), (10, 100), (5, 10, 20)),
-    *((26, 40), (2, 4, 10, 13)),
-)
-"""Shapes of a rank's share, of which every layout of the input is tried."""
-
 
 def calls_of_every_layout(ctx: RankContext, name: str, values: list[Tensor]) -> list[ReduceScatter]:
     return [
@@ -48,7 +41,7 @@ def calls_of_every_layout(ctx: RankContext, name: str, values: list[Tensor]) -> 
 
 def matrix(ctx: RankContext) -> list[str]:
     wrong = []
-    for rows, *rest in SHARES:
+    for rows, *rest in ROW_SHAPES:  # of a rank's share
         for dtype in DTYPES:
             shape = (ctx.world * rows, *rest)
             values = random_values(ctx.world, shape, dtype)
@@ -176,21 +169,12 @@ def test_an_error_of_the_own_backend_is_told() -> None:
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None:
-    texts, *others = ranks.run(refused)
-    assert others == [{}] * (ranks.world - 1)
-    expected = {
-        "requires grad": "that requires grad; expected one that does not",
-        "unknown group": "unknown group 'nowhere'; call sgl_comm.init(group) first",
-        "no dimension": "; expected at least one dimension",
-        "sparse": "got a tensor without strides",
-    }
+    results = ranks.run(refused)
+    expected = dict(REFUSALS)
     if ranks.world > 1:
         expected["rows"] = f"; expected the size of dim 0 to be a multiple of {ranks.world}, the number of ranks"
-        assert f"got Float[{ranks.world + 1}, 2] on c" in texts["rows"]
-    assert texts.keys() == expected.keys()
-    for what, words in expected.items():
-        assert texts[what].startswith("sgl_comm::reduce_scatter: ")
-        assert words in texts[what]
+        assert f"got Float[{ranks.world + 1}, 2] on c" in results[0]["rows"]
+    assert_refused("reduce_scatter", ranks.world, results, expected)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -211,10 +195,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None
 def test_ranks_that_differ_get_an_error_on_every_rank(
     world: int, op: str, count: int, dtype: torch.dtype, words: str
 ) -> None:
-    for text in Ranks("cpu", world).run(errors_of_differing_calls, "reduce_scatter", op, count, dtype, deadline=30):
-        assert "called reduce_scatter of 1000 float32" in text
-        assert f"called {words}" in text
-        assert "rank 1" in text
+    assert_every_rank_told("reduce_scatter", world, op, count, dtype, words)
 
 
 def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:

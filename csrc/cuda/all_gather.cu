@@ -33,7 +33,7 @@ void push_all_gather(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   constexpr int64_t kRowBytes = device::kRowPacks * device::kPackBytes;
   const int64_t rows = (message.num_packs + device::kRowData - 1) / device::kRowData;
   const bool ring =
-      rows * kRowBytes > comm.slot_bytes() || rows * device::kRowPacks * (comm.world() - 1) > device::kMostPacksToEmpty;
+      rows * kRowBytes > comm.slot_bytes() || rows * device::kRowPacks * (comm.world() - 1) > device::Turn::kMostPacks;
   constexpr int64_t kRingBlockBytes = device::kRingPlaces * kRowBytes * (device::kMaxThreads / device::kRowData);
   const Residency& limits = comm.limits();
   const int64_t threads = rows * device::kRowData;

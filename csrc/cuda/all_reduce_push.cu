@@ -44,13 +44,16 @@ void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Ten
                                 shard_count, num_packs,           device::kAllReduce,     push_defers(bytes)};
   const bool whole = aligned(message.in, device::kPackBytes) && aligned(message.out, device::kPackBytes) &&
                      bytes % device::kPackBytes == 0;
-  const PushKernel kernel =
-      one_shot ? one_shot_kernel(dtype, comm.world(), whole, ring) : two_shot_kernel(dtype, comm.world(), whole, ring);
+  const Shape shape = shape_for(comm, algorithm, num_packs);
+  const Rounds rounds = ring                                                 ? Rounds::kRing
+                        : int64_t{shape.blocks} * shape.threads >= num_packs ? Rounds::kOne
+                                                                             : Rounds::kMany;
+  const PushKernel kernel = one_shot ? one_shot_kernel(dtype, comm.world(), whole, rounds)
+                                     : two_shot_kernel(dtype, comm.world(), whole, ring);
   const DeviceScope scope(comm.device());
   const cudaStream_t stream = current_stream(comm.device());
   const auto turn = comm.order().next(op, stream);
-  launch(op, kernel, shape_for(comm, algorithm, num_packs), stream, turn.same_stream && comm.limits().dependent_launch,
-         message);
+  launch(op, kernel, shape, stream, turn.same_stream && comm.limits().dependent_launch, message);
 }
 
 }  // namespace sgl_comm::cuda

@@ -3,14 +3,15 @@
 
 namespace sgl_comm::cuda {
 
-PushKernel one_shot_kernel(DType dtype, int world, bool whole, bool ring) {
+PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
   return visit_dtype(dtype, [&](auto d) {
     return visit_world(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
-      if (ring)
+      if (rounds == Rounds::kRing)
         return whole ? device::one_shot_ring_kernel<T, kWorld, true> : device::one_shot_ring_kernel<T, kWorld, false>;
-      return whole ? device::one_shot_kernel<T, kWorld, true> : device::one_shot_kernel<T, kWorld, false>;
+      if (whole && rounds == Rounds::kOne) return device::one_shot_kernel<T, kWorld>;
+      return whole ? device::one_shot_loop_kernel<T, kWorld, true> : device::one_shot_loop_kernel<T, kWorld, false>;
     });
   });
 }

@@ -7,8 +7,10 @@ Residency load_push_kernels(int world) {
   const auto add = [&](Kind kind, PushKernel kernel) { residency.add(kind, reinterpret_cast<const void*>(kernel)); };
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const bool whole : {true, false}) {
+      for (const Rounds rounds : {Rounds::kOne, Rounds::kMany, Rounds::kRing}) {
+        add(rounds == Rounds::kRing ? Kind::kRing : Kind::kOneShot, one_shot_kernel(dtype, world, whole, rounds));
+      }
       for (const bool ring : {true, false}) {
-        add(ring ? Kind::kRing : Kind::kOneShot, one_shot_kernel(dtype, world, whole, ring));
         add(ring ? Kind::kRing : Kind::kTwoShot, two_shot_kernel(dtype, world, whole, ring));
         add(ring ? Kind::kRing : Kind::kTwoShot, reduce_scatter_kernel(dtype, world, whole, ring));
       }

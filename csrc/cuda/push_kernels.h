@@ -14,24 +14,28 @@ using PushKernel = void (*)(device::Message);
 // What an all-gather moves: packs where everything is aligned, else pairs of bytes or bytes.
 enum class Unit { kPacks, kBytePairs, kBytes };
 
-// whole: the tensors are 16-byte aligned and a whole number of packs, shard by shard. ring: for any size.
-PushKernel one_shot_kernel(DType dtype, int world, bool whole, bool ring);
+// How often a thread of a one-shot takes a pack: once, as often as it has to, or in tiles through a ring.
+enum class Rounds { kOne, kMany, kRing };
+
+// whole: the tensors are 16-byte aligned and a whole number of packs, shard by shard. ring: for any size. Ranks may
+// differ in `whole`.
+PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds);
 PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel gather_kernel(Unit unit, int world, bool ring);
 
 // Whether a launch leaves what it has read for the next one to empty: faster for what is small, which waits; large
 // messages do better with fewer places in use (benchmarks/bench_all_reduce.py).
-constexpr int64_t kMostBytesToDefer = 128 << 10;
-static_assert(kMostBytesToDefer / device::kPackBytes * (device::kMaxRanks - 1) <= device::kMostPacksToEmpty);
+constexpr int64_t kMostBytesToDefer = 32 << 10;
+static_assert(kMostBytesToDefer / device::kPackBytes * (device::kMaxRanks - 1) <= device::Turn::kMostPacks);
 inline bool push_defers(int64_t bytes) { return bytes <= kMostBytesToDefer; }
 
 // The threads of a block that were fastest, by the packs that a launch has to move (the same benchmark).
 inline unsigned one_shot_threads(int world, int64_t packs) {
-  if (packs <= 1 << 10) return packs <= 64 ? 64 : 128;
-  return packs <= 16 << 10 && world <= 4 ? 256 : 512;
+  const bool large = packs > 16 << 10;
+  return world == 2 ? (large ? 256 : packs <= 64 ? 64 : 128) : (large ? 128 : 64);
 }
-inline unsigned two_shot_threads(int64_t packs) { return packs <= 16 << 10 ? 64 : 128; }
+inline unsigned two_shot_threads(int64_t packs) { return packs <= 16 << 10 ? 64 : device::kTwoShotThreads; }
 
 // Loads every kernel of this world on the current device, and counts how many blocks of each kind fit on it at once.
 Residency load_push_kernels(int world);

@@ -39,25 +39,25 @@ __device__ __forceinline__ Warp warp_in_grid() {
 }
 
 template <int kWorld>
-__device__ __forceinline__ void push_row(const Message& m, uint32_t bank, const Warp& warp, uint32_t stride,
-                                         uint32_t row, uint4 pack) {
+__device__ __forceinline__ void push_row(const Peers<kWorld>& peers, const Warp& warp, uint64_t row, uint4 pack) {
   const uint4 marks = marks_of(pack);
-  push_to_peers<kWorld>(m.view, bank, stride, row + warp.lane * kPackBytes, without_sentinel(pack));
-  if (warp.lane % 16 == 0) push_to_peers<kWorld>(m.view, bank, stride, row + warp.marks, marks);
+  peers.push(row + warp.lane * kPackBytes, without_sentinel(pack));
+  if (warp.lane % 16 == 0) peers.push(row + warp.marks, marks);
 }
 
 // Waits for every peer's pack and marks and writes the packs where they belong.
 template <typename T, int kWorld, bool kWhole>
 __device__ __forceinline__ Trouble receive_row(const Message& m, const Warp& warp, const uint8_t* row, uint32_t stride,
                                                int64_t index) {
-  uint4 packs[kWorld]{}, marks[kWorld]{};
+  uint4 packs[kWorld - 1], marks[kWorld - 1];
   Trouble trouble = await_peers<kWorld>(m.view.group, row + warp.lane * kPackBytes, stride, packs);
   if (trouble != kFine) return trouble;
   trouble = await_peers<kWorld>(m.view.group, row + warp.marks, stride, marks);
 #pragma unroll
-  for (int r = 0; r < kWorld; ++r) {
-    if (r == m.view.group.rank || trouble != kFine) continue;
-    store_to<T, kWhole>(shard_of<T>(m, m.out, r), index, with_marked_sentinels(packs[r], marks[r]));
+  for (int p = 0; p < kWorld - 1; ++p) {
+    if (trouble != kFine) continue;
+    const Part<T> shard = shard_of<T>(m, m.out, sender_at(p, m.view.group.rank));
+    store_to<T, kWhole>(shard, index, with_marked_sentinels(packs[p], marks[p]));
   }
   return trouble;
 }
@@ -75,40 +75,42 @@ __device__ __forceinline__ void give_up_rows(const Message& m, const Warp& warp,
       store_to<T, kWhole>(shard_of<T>(m, m.out, r), row * kRowData + warp.lane, sentinel_pack());
     }
   }
-  if (trouble != kFine) fail_group(m.view.group, kWorld, trouble, m.op, start.epoch);
+  if (trouble != kFine) fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
 }
 
 // m.in has m.shard_count elements, m.out m.count, one shard a rank. The whole message lies in the bank: of each sender
 // num_rows rows.
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) gather_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kMaxThreads, 1) gather_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const Warp warp = warp_in_grid();
   const int64_t num_rows = (m.num_packs + kRowData - 1) / kRowData;
   const uint32_t stride = static_cast<uint32_t>(num_rows) * kRowPacks * kPackBytes;
   const auto load = [&](int64_t row) { return load_pack<T, kWhole>(m.in, m.shard_count, row * kRowData + warp.lane); };
+  const Peers<kWorld> peers(m.view, stride);
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  Trouble trouble = start.trouble;
+  ptx::launch_next_kernel();
+  const Start start = read_start<false>(group);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  Trouble trouble = start.trouble();
   for (int64_t row = warp.place.index; row < num_rows; row += warp.place.count) {
     const uint4 own = load(row);
     if (__any_sync(kWholeWarp, trouble != kFine)) break;  // the marks need the whole warp
-    push_row<kWorld>(m, start.bank, warp, stride, static_cast<uint32_t>(row) * kRowPacks * kPackBytes, own);
+    push_row<kWorld>(peers, warp, bank + row * kRowPacks * kPackBytes, own);
     store_to<T, kWhole>(shard_of<T>(m, m.out, group.rank), row * kRowData + warp.lane, own);
   }
-  const Entry entry = enter(group, start, static_cast<uint32_t>((kWorld - 1) * num_rows * kRowPacks));
-  ptx::launch_next_kernel();
+  const Entry entry = enter<false>(group, start, static_cast<uint32_t>((kWorld - 1) * num_rows * kRowPacks));
   if (trouble == kFine) {
     const Place place = place_in_grid();
     empty_previous(m.view, start, place.index, place.count);
-    const uint8_t* bank = bank_of(m.view, group.rank, start.bank);
+    const uint8_t* rows = banks_of(m.view, group.rank) + bank;
     for (int64_t row = warp.place.index; row < num_rows && trouble == kFine; row += warp.place.count) {
-      trouble = receive_row<T, kWorld, kWhole>(m, warp, bank + row * kRowPacks * kPackBytes, stride,
+      trouble = receive_row<T, kWorld, kWhole>(m, warp, rows + row * kRowPacks * kPackBytes, stride,
                                                row * kRowData + warp.lane);
     }
   }
+  if (!leave(entry)) trouble = kOverlap;
   give_up_rows<T, kWorld, kWhole>(m, warp, num_rows, start, trouble);
-  leave(group, kWorld, start, entry, m.op);
 }
 
 // For what the bank cannot hold: a tile is one row a warp.
@@ -119,11 +121,12 @@ __global__ void __launch_bounds__(kMaxThreads) gather_ring_kernel(const __grid_c
   const Ring<1> ring{warp.place};  // of rows
   const int64_t num_rows = (m.num_packs + kRowData - 1) / kRowData;
   const uint32_t stride = ring.stride() * kRowPacks;
+  const Peers<kWorld> peers(m.view, stride);
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  const Entry entry = enter(group, start, 0);
-  uint8_t* const bank = bank_of(m.view, group.rank, start.bank);
-  Trouble trouble = start.trouble;
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  Trouble trouble = start.trouble();
   const Place place = place_in_grid();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
   for (int64_t k = 0; ring.pack_of(k - 1, 0) < num_rows; ++k) {
@@ -132,11 +135,11 @@ __global__ void __launch_bounds__(kMaxThreads) gather_ring_kernel(const __grid_c
     if (row < num_rows) {
       const int64_t index = row * kRowData + warp.lane;
       const uint4 own = load_pack<T, kWhole>(m.in, m.shard_count, index);
-      push_row<kWorld>(m, start.bank, warp, stride, ring.offset(k, 0) * kRowPacks, own);
+      push_row<kWorld>(peers, warp, bank + ring.offset(k, 0) * kRowPacks, own);
       store_to<T, kWhole>(shard_of<T>(m, m.out, group.rank), index, own);
     }
     if (k >= 1) {
-      uint8_t* const places = bank + ring.offset(k - 1, 0) * kRowPacks;
+      uint8_t* const places = banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, 0) * kRowPacks);
       trouble = receive_row<T, kWorld, kWhole>(m, warp, places, stride, before * kRowData + warp.lane);
       __syncwarp();  // the marks have been read by all before one of them empties the place
       empty_places<kWorld>(places + warp.lane * kPackBytes, stride);
@@ -145,8 +148,8 @@ __global__ void __launch_bounds__(kMaxThreads) gather_ring_kernel(const __grid_c
     ptx::fence_acq_rel_sys();
   }
   ptx::launch_next_kernel();
+  if (!leave(entry)) trouble = kOverlap;
   give_up_rows<T, kWorld, kWhole>(m, warp, num_rows, start, trouble);
-  leave(group, kWorld, start, entry, m.op);
 }
 
 }  // namespace sgl_comm::device

@@ -5,7 +5,8 @@
 
 namespace sgl_comm::device {
 
-constexpr int kMaxThreads = 512;  // of a block, in every push kernel
+constexpr int kMaxThreads = 512;      // of a block, in every push kernel but
+constexpr int kTwoShotThreads = 128;  // two_shot_kernel
 
 struct Message {
   PushView view;

@@ -14,35 +14,84 @@ __device__ __forceinline__ void give_up_packs(const Message& m, const Place& pla
   for (int64_t i = place.index; i < m.num_packs; i += place.count) {
     store_pack<T, kWhole>(m.out, m.count, i, sentinel_pack());
   }
-  fail_group(m.view.group, kWorld, trouble, m.op, start.epoch);
+  fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
 }
 
-// The whole message lies in the bank: of each sender num_packs, one after the other.
+// The whole message lies in the bank, of each sender num_packs, one after the other; a thread has one pack or none.
+// What is seldom needed stands behind the last return: code that is jumped over takes time, too.
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_constant__ Message m) {
+  const GroupView& group = m.view.group;
+  const uint32_t rank = ptx::in_register(group.rank), num_packs = static_cast<uint32_t>(m.num_packs);
+  const uint32_t index = ptx::in_register(blockIdx.x * blockDim.x + threadIdx.x), stride = num_packs * kPackBytes;
+  const bool mine = index < num_packs;
+  const uint4* const in = ptx::in_register(static_cast<const uint4*>(m.in) + index);
+  uint4* const out = ptx::in_register(static_cast<uint4*>(m.out) + index);
+  uint8_t* const banks = ptx::in_register(banks_of(m.view, group.rank));
+  const Peers<kWorld> peers(m.view, stride);
+  ptx::wait_for_previous_kernel(peers.ready() | reinterpret_cast<uint64_t>(banks) | reinterpret_cast<uint64_t>(in) |
+                                reinterpret_cast<uint64_t>(out) | rank);
+  ptx::launch_next_kernel();
+  uint4 own{}, received[kWorld - 1];
+  if (mine) own = ptx::load_input(in);  // asked for before the epoch
+  const Start start = read_start<false>(group);
+  const uint64_t offset = bank_offset(m.view, start.bank()) + index * kPackBytes;
+  uint8_t* const places = banks + offset;
+  const bool fine = start.abort == 0 && start.previous_ended();
+  if (fine && mine) peers.push(offset, without_sentinel(own));
+  const Entry entry = enter<false>(group, start, m.defer ? (kWorld - 1) * num_packs : 0);
+  bool arrived = !mine;
+  if (fine) {
+    empty_previous(m.view, start, index, gridDim.x * blockDim.x);
+    if (mine) {
+      arrived = poll_peers<kWorld>(places, stride, received);
+      if (arrived && !m.defer) empty_places<kWorld>(places, stride);
+      *out = sum_in_order<T>(received, own, rank);
+    }
+    if (arrived && leave(entry)) return;
+  }
+  Trouble trouble = start.trouble();
+  if (arrived) {
+    if (trouble == kFine) trouble = kOverlap;
+  } else if (trouble == kFine) {
+    trouble = await_missing<kWorld>(group, places, stride, received);
+    if (trouble == kFine) {
+      if (!m.defer) empty_places<kWorld>(places, stride);
+      *out = sum_in_order<T>(received, own, rank);
+      if (leave(entry)) return;
+      trouble = kOverlap;
+    }
+  }
+  if (mine) *out = sentinel_pack();
+  fail_group(group, kWorld, trouble, m.op, start.epoch());
+}
+
+// The same for tensors of any alignment and length, and with as many packs a thread as it takes.
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kMaxThreads, 1) one_shot_loop_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const int first = static_cast<int>(place.index), step = static_cast<int>(place.count);
   const int num_packs = static_cast<int>(m.num_packs);
   const uint32_t stride = num_packs * kPackBytes;
+  const Peers<kWorld> peers(m.view, stride);
+  uint8_t* const banks = banks_of(m.view, group.rank);
   ptx::wait_for_previous_kernel();
+  ptx::launch_next_kernel();
   uint4 own{};
   if (first < num_packs) own = load_existing<T, kWhole>(m.in, m.count, first);  // asked for before the epoch
   const auto pack = [&](int i) { return i == first ? own : load_existing<T, kWhole>(m.in, m.count, i); };
-  const Start start = read_start(group);
-  Trouble trouble = start.trouble;
+  const Start start = read_start<true>(group);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  Trouble trouble = start.trouble();
   if (trouble == kFine) {
-    for (int i = first; i < num_packs; i += step) {
-      push_to_peers<kWorld>(m.view, start.bank, stride, i * kPackBytes, without_sentinel(pack(i)));
-    }
+    for (int i = first; i < num_packs; i += step) peers.push(bank + i * kPackBytes, without_sentinel(pack(i)));
   }
-  const Entry entry = enter(group, start, m.defer ? (kWorld - 1) * num_packs : 0);
-  ptx::launch_next_kernel();
+  const Entry entry = enter<true>(group, start, m.defer ? (kWorld - 1) * num_packs : 0);
   if (trouble == kFine) {
     empty_previous(m.view, start, first, step);
-    uint8_t* const bank = bank_of(m.view, group.rank, start.bank);
     for (int i = first; i < num_packs; i += step) {
-      uint8_t* const places = bank + i * kPackBytes;
+      uint8_t* const places = banks + (bank + i * kPackBytes);
       uint4 sum;
       trouble = receive_and_sum<T, kWorld>(group, places, stride, pack(i), sum);
       if (trouble != kFine) break;
@@ -50,8 +99,8 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
       store_existing<T, kWhole>(m.out, m.count, i, sum);
     }
   }
+  if (!leave(entry)) trouble = kOverlap;
   if (trouble != kFine) give_up_packs<T, kWorld, kWhole>(m, place, start, trouble);
-  leave(group, kWorld, start, entry, m.op);
 }
 
 // For what the bank cannot hold: a tile is kOneShotTile packs of each thread.
@@ -62,11 +111,12 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_ring_kernel(const __grid
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const Ring<kOneShotTile> ring{place};
+  const Peers<kWorld> peers(m.view, ring.stride());
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  const Entry entry = enter(group, start, 0);
-  uint8_t* const bank = bank_of(m.view, group.rank, start.bank);
-  Trouble trouble = start.trouble;
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  Trouble trouble = start.trouble();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
   uint4 pushed[kOneShotTile], own[kOneShotTile];
   for (int64_t k = 0; trouble == kFine && ring.pack_of(k - 1, 0) < m.num_packs; ++k) {
@@ -76,14 +126,14 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_ring_kernel(const __grid
       const int64_t i = ring.pack_of(k, u);
       if (i >= m.num_packs) continue;
       pushed[u] = load_existing<T, kWhole>(m.in, m.count, i);
-      push_to_peers<kWorld>(m.view, start.bank, ring.stride(), ring.offset(k, u), without_sentinel(pushed[u]));
+      peers.push(bank + ring.offset(k, u), without_sentinel(pushed[u]));
     }
     if (k == 0) continue;
 #pragma unroll
     for (int u = 0; u < kOneShotTile; ++u) {
       const int64_t i = ring.pack_of(k - 1, u);
       if (i >= m.num_packs || trouble != kFine) continue;
-      uint8_t* const places = bank + ring.offset(k - 1, u);
+      uint8_t* const places = banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, u));
       uint4 sum;
       trouble = receive_and_sum<T, kWorld>(group, places, ring.stride(), own[u], sum);
       empty_places<kWorld>(places, ring.stride());
@@ -92,8 +142,8 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_ring_kernel(const __grid
     ptx::fence_acq_rel_sys();
   }
   ptx::launch_next_kernel();
+  if (!leave(entry)) trouble = kOverlap;
   if (trouble != kFine) give_up_packs<T, kWorld, kWhole>(m, place, start, trouble);
-  leave(group, kWorld, start, entry, m.op);
 }
 
 }  // namespace sgl_comm::device

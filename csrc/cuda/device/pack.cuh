@@ -88,17 +88,40 @@ struct Float16 {
   }
 };
 
-// The packs of one element, added in fp32 in the array's order and rounded once.
-template <typename T, int kCount>
-__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kCount]) {
+template <typename T>
+__device__ __forceinline__ void add(float (&total)[T::kLanes], uint4 pack) {
+  float lanes[T::kLanes];
+  T::unpack(pack, lanes);
+#pragma unroll
+  for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
+}
+
+// One pack of every rank, added in fp32 in the order of ranks and rounded once.
+template <typename T, int kWorld>
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld]) {
   float total[T::kLanes];
   T::unpack(packs[0], total);
 #pragma unroll
-  for (int r = 1; r < kCount; ++r) {
-    float lanes[T::kLanes];
-    T::unpack(packs[r], lanes);
+  for (int r = 1; r < kWorld; ++r) add<T>(total, packs[r]);
+  return T::pack(total);
+}
+
+// The same where `others` are the packs of all ranks but `rank`, whose own pack is `own`.
+template <typename T, int kOthers>
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], uint4 own, int rank) {
+  float total[T::kLanes];
+  if constexpr (kOthers == 1) {  // either order gives the same
+    T::unpack(own, total);
+    add<T>(total, others[0]);
+  } else {
 #pragma unroll
-    for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
+    for (int i = 0; i < T::kLanes; ++i) total[i] = -0.0f;  // whatever is added to it is left as it is
+#pragma unroll
+    for (int r = 0; r < kOthers; ++r) {
+      if (r == rank) add<T>(total, own);
+      add<T>(total, others[r]);
+    }
+    if (rank == kOthers) add<T>(total, own);
   }
   return T::pack(total);
 }

@@ -62,10 +62,22 @@ __device__ __forceinline__ uint4 load_input(const void* p) {
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Programmatic dependent launch. Before wait_for_previous_kernel() nothing that the previous kernel of the stream
-// wrote may be touched; after it, all of that kernel is done. launch_next_kernel() lets the next one start.
+// wrote may be touched; after it, all of that kernel is done. launch_next_kernel() lets the next one start. `ready`,
+// not null, is made before the wait: the compiler otherwise puts off to after it what could be done before.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel(uint64_t ready) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred made;\n"
+      "setp.ne.u64 made, %0, 0;\n"
+      "@made griddepcontrol.wait;\n"
+      "}" ::"l"(ready)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void launch_next_kernel() {
@@ -74,9 +86,16 @@ __device__ __forceinline__ void launch_next_kernel() {
 #endif
 }
 
-// The value, in a register from here on: a kernel's parameter is otherwise fetched anew wherever it is used.
-__device__ __forceinline__ int in_register(int value) {
+// The value, in a register from here on: what comes from a kernel's parameters or from where a thread stands is
+// otherwise made anew wherever it is used. Pointers are of global memory.
+__device__ __forceinline__ uint32_t in_register(uint32_t value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T* in_register(T* value) {
+  asm volatile("" : "+l"(value));
+  __builtin_assume(__isGlobal(value));
   return value;
 }
 

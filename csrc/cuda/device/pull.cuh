@@ -52,11 +52,11 @@ __device__ __forceinline__ Trouble meet(const GroupView& group, const Start& sta
   bool late = false;
   const int peer = threadIdx.x;
   if (peer < kWorld && peer != group.rank) {
-    const unsigned long long value = 2 * start.epoch + turn;
+    const unsigned long long value = 2 * start.epoch() + turn;
     ptx::store_release_sys(flag_of(group, peer, group.rank), value);
     const unsigned long long* flag = flag_of(group, group.rank, peer);
     late = !await(group, [&] { return ptx::load_acquire_sys(flag) < value; });
-    if (late) fail_group(group, kWorld, peer, kCustomAllReduceV1, start.epoch);
+    if (late) fail_group(group, kWorld, peer, kCustomAllReduceV1, start.epoch());
   }
   return __syncthreads_or(late) ? kFailedBefore : kFine;
 }
@@ -101,15 +101,15 @@ __device__ __forceinline__ void give_up_pull(const PullMessage& m, int num_shard
 
 // Every rank reads all inputs and sums all of them.
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_pull_kernel(const __grid_constant__ PullMessage m) {
+__global__ void __launch_bounds__(kMaxThreads, 1) one_shot_pull_kernel(const __grid_constant__ PullMessage m) {
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  const Entry entry = enter(group, start, 0);
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
   const void* inputs[kWorld];
-  Trouble trouble = start.trouble != kFine ? start.trouble : find_inputs<kWorld>(m, inputs);
-  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch);
+  Trouble trouble = start.trouble() != kFine ? start.trouble() : find_inputs<kWorld>(m, inputs);
+  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
   if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
   if (trouble == kFine) {
     for (int64_t i = place.index; m.stage && i < m.num_packs; i += place.count) {
@@ -126,23 +126,23 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_pull_kernel(const __grid
     trouble = meet<kWorld>(group, start, 2);
   }
   if (trouble != kFine) give_up_pull<T, kWhole>(m, 1, place);
-  leave(group, kWorld, start, entry, kCustomAllReduceV1);
+  if (!leave(entry)) fail_group(group, kWorld, kOverlap, kCustomAllReduceV1, start.epoch());
 }
 
 // Every rank sums one shard, then reads the others' sums. A thread takes the pack j of every shard.
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) two_shot_pull_kernel(const __grid_constant__ PullMessage m) {
+__global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __grid_constant__ PullMessage m) {
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const int64_t mine = group.rank * m.num_packs;
   const auto exists = [&](int64_t i) { return i * kElements<T> < m.count; };
   const auto sums_of = [&](int r) { return reinterpret_cast<uint4*>(group.workspace[r] + m.view.sums); };
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  const Entry entry = enter(group, start, 0);
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
   const void* inputs[kWorld];
-  Trouble trouble = start.trouble != kFine ? start.trouble : find_inputs<kWorld>(m, inputs);
-  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch);
+  Trouble trouble = start.trouble() != kFine ? start.trouble() : find_inputs<kWorld>(m, inputs);
+  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
   if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
   if (trouble == kFine) {
     for (int64_t j = place.index; m.stage && j < m.num_packs; j += place.count) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_pull_kernel(const __grid
     for (int r = 0; r < kWorld; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
   }
   if (trouble != kFine) give_up_pull<T, kWhole>(m, kWorld, place);
-  leave(group, kWorld, start, entry, kCustomAllReduceV1);
+  if (!leave(entry)) fail_group(group, kWorld, kOverlap, kCustomAllReduceV1, start.epoch());
 }
 
 }  // namespace sgl_comm::device

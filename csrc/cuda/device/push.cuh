@@ -3,12 +3,15 @@
 // that waits for its own data; or, where the message is large or goes through a ring (ring.cuh), at once by the thread
 // that polled it.
 //
-// Who writes what, when. A workspace has three banks, which launches take in turn, on every rank alike. A place of rank
-// p's bank is written by one thread of one peer, polled by threads of rank p in the same epoch e, and emptied by
-// threads of rank p in epoch e or e + 1. Why reuse is safe. Rank r writes in epoch e + 3 only after its kernel of e + 2
-// has ended, so after it received e + 2 from p; and p sent that only after p's kernel of e + 1 had ended, with every
-// place of e emptied. The end of a kernel and the wait for it (griddepcontrol.wait) are the release and acquire. It
-// needs every launch to wait for every peer: one that does not (a broadcast) has no place in these banks.
+// Who writes what, when. A workspace has three banks, of which each launch takes one, on every rank the same. A place
+// of rank p's bank is written by one thread of one peer, polled by threads of rank p in the same epoch e, and emptied
+// by threads of rank p in epoch e (what is emptied at once) or e + 1. Which bank: that of the launch before the last,
+// if that one emptied it at once; else the one that neither of the last two used. So a bank used in epoch e and emptied
+// in epoch e is used again in e + 2 at the earliest; one emptied in epoch e + 1, in e + 3. Why reuse is safe. Rank r
+// writes in epoch f only after its kernel of f - 1 has ended, so after it received f - 1 from p; and p sent that only
+// after p's kernel of f - 2 had ended, with every place emptied that it was to empty. The end of a kernel and the wait
+// for it (griddepcontrol.wait) are the release and acquire. It needs every launch to wait for every peer: one that does
+// not (a broadcast) has no place in these banks.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -23,36 +26,62 @@ struct PushView {
   uint32_t bank_bytes;  // what a launch leaves full is counted in packs, of which a word holds 2^30
 };
 
-// Where bank `bank` begins in rank `rank`'s workspace.
-__device__ __forceinline__ uint8_t* bank_of(const PushView& view, int rank, uint32_t bank) {
-  return view.group.workspace[rank] + (kControlBytes + uint64_t{bank} * view.bank_bytes);
+// How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
+__device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {
+  return uint64_t{bank} * view.bank_bytes;
+}
+__device__ __forceinline__ uint8_t* banks_of(const PushView& view, int rank) {
+  return view.group.workspace[rank] + kControlBytes;
 }
 
 // A rank sends itself nothing: the peers of rank `receiver`, in order.
 __host__ __device__ __forceinline__ int place_of_sender(int sender, int receiver) {
   return sender - (sender > receiver ? 1 : 0);
 }
+__host__ __device__ __forceinline__ int sender_at(int place, int receiver) {
+  return place + (place >= receiver ? 1 : 0);
+}
 
 // Empties what the previous launch left full: pack `first`, `first + stride`, ...; together all of it.
 __device__ __forceinline__ void empty_previous(const PushView& view, const Start& start, uint32_t first,
                                                uint32_t stride) {
-  uint4* const bank = reinterpret_cast<uint4*>(bank_of(view, view.group.rank, start.previous_bank));
+  const Turn turn = Turn::unpacked(start.turn);
+  uint4* const bank = reinterpret_cast<uint4*>(banks_of(view, view.group.rank) + bank_offset(view, turn.previous_bank));
 #pragma unroll 1
-  for (uint32_t i = first; i < start.packs_to_empty; i += stride) bank[i] = sentinel_pack();
+  for (uint32_t i = first; i < turn.packs_to_empty; i += stride) bank[i] = sentinel_pack();
 }
 
-// Before: this sender's place, `offset` bytes into what each peer keeps for a sender, is empty. After: it is, or soon
-// will be, full. No word of `pack` may be the sentinel. Senders are `stride` bytes apart.
+// Where this rank's packs go: its part of the first bank of each peer. Senders' parts are `stride` bytes apart.
 template <int kWorld>
-__device__ __forceinline__ void push_to_peers(const PushView& view, uint32_t bank, uint32_t stride, uint32_t offset,
-                                              uint4 pack) {
+class Peers {
+ public:
+  __device__ __forceinline__ Peers(const PushView& view, uint32_t stride) {
+    const int rank = view.group.rank;
 #pragma unroll
-  for (int peer = 0; peer < kWorld; ++peer) {
-    if (peer == view.group.rank) continue;
-    ptx::store_relaxed_sys(bank_of(view, peer, bank) + (place_of_sender(view.group.rank, peer) * stride + offset),
-                           pack);
+    for (int p = 0; p < kWorld - 1; ++p) {
+      const int peer = sender_at(p, rank);
+      parts_[p] = banks_of(view, peer) + place_of_sender(rank, peer) * stride;
+    }
   }
-}
+
+  // Before: the place `offset` bytes into this rank's part of the first bank (into that of another: plus its
+  // bank_offset) is empty at each peer. After: it is, or soon will be, full. No word of `pack` may be the sentinel.
+  __device__ __forceinline__ void push(uint64_t offset, uint4 pack) const {
+#pragma unroll
+    for (int p = 0; p < kWorld - 1; ++p) ptx::store_relaxed_sys(parts_[p] + offset, pack);
+  }
+
+  // For wait_for_previous_kernel().
+  __device__ __forceinline__ uint64_t ready() const {
+    uint64_t all = 0;
+#pragma unroll
+    for (int p = 0; p < kWorld - 1; ++p) all |= reinterpret_cast<uint64_t>(parts_[p]);
+    return all;
+  }
+
+ private:
+  uint8_t* parts_[kWorld - 1];
+};
 
 // Waits for the pack at `place`, a sum of rank `sender`.
 __device__ __forceinline__ Trouble await_pack(const GroupView& group, const uint8_t* place, int sender, uint4& pack) {
@@ -65,35 +94,50 @@ __device__ __forceinline__ Trouble await_pack(const GroupView& group, const uint
   return await(group, incomplete, true) ? kFine : sender;
 }
 
-// Waits for a pack of every peer, those of neighbours `stride` bytes apart; packs[rank] is left alone. Returns kFine or
-// the first rank that did not come.
+// Loads those packs anew that are not there yet; false if there were none.
+template <int kWorld>
+__device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+  bool any = false;
+#pragma unroll
+  for (int p = 0; p < kWorld - 1; ++p) {
+    if (any_sentinel(packs[p])) {
+      packs[p] = ptx::load_relaxed_sys(places + p * stride);
+      any = true;
+    }
+  }
+  return any;
+}
+
+// Polls for a pack of every peer, in order, those of neighbours `stride` bytes apart; false if some are still missing
+// after the quick polls.
+template <int kWorld>
+__device__ __forceinline__ bool poll_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+#pragma unroll
+  for (int p = 0; p < kWorld - 1; ++p) packs[p] = ptx::load_relaxed_sys(places + p * stride);
+  return poll_quickly([&] { return fetch_missing<kWorld>(places, stride, packs); });
+}
+
+// Waits for those packs that are still missing. Returns kFine or the first rank that did not come.
+template <int kWorld>
+__device__ __forceinline__ Trouble await_missing(const GroupView& group, const uint8_t* places, uint32_t stride,
+                                                 uint4 (&packs)[kWorld - 1], bool indirect = false) {
+  if (poll_patiently(
+          group, [&] { return fetch_missing<kWorld>(places, stride, packs); }, indirect))
+    return kFine;
+  int missing = 0;
+#pragma unroll
+  for (int p = kWorld - 2; p >= 0; --p) {
+    if (any_sentinel(packs[p])) missing = p;
+  }
+  return sender_at(missing, group.rank);
+}
+
+// The one, then the other.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                               uint4 (&packs)[kWorld], bool indirect = false) {
-  const int rank = ptx::in_register(group.rank);
-  const auto load = [&](int r) { return ptx::load_relaxed_sys(places + place_of_sender(r, rank) * stride); };
-#pragma unroll
-  for (int r = 0; r < kWorld; ++r) {
-    if (r != rank) packs[r] = load(r);
-  }
-  const auto incomplete = [&] {
-    bool any = false;
-#pragma unroll
-    for (int r = 0; r < kWorld; ++r) {
-      if (r != rank && any_sentinel(packs[r])) {
-        packs[r] = load(r);
-        any = true;
-      }
-    }
-    return any;
-  };
-  if (await(group, incomplete, indirect)) return kFine;
-  Trouble missing = 0;
-#pragma unroll
-  for (int r = kWorld - 1; r >= 0; --r) {
-    if (r != rank && any_sentinel(packs[r])) missing = r;
-  }
-  return missing;
+                                               uint4 (&packs)[kWorld - 1], bool indirect = false) {
+  if (poll_peers<kWorld>(places, stride, packs)) return kFine;
+  return await_missing<kWorld>(group, places, stride, packs, indirect);
 }
 
 // Empties places that this very thread has polled.
@@ -107,11 +151,9 @@ __device__ __forceinline__ void empty_places(uint8_t* places, uint32_t stride) {
 template <typename T, int kWorld>
 __device__ __forceinline__ Trouble receive_and_sum(const GroupView& group, const uint8_t* places, uint32_t stride,
                                                    uint4 own, uint4& sum) {
-  uint4 packs[kWorld];
-#pragma unroll
-  for (int r = 0; r < kWorld; ++r) packs[r] = own;
-  const Trouble trouble = await_peers<kWorld>(group, places, stride, packs);
-  sum = sum_in_order<T>(packs);
+  uint4 received[kWorld - 1];
+  const Trouble trouble = await_peers<kWorld>(group, places, stride, received);
+  sum = sum_in_order<T>(received, own, group.rank);
   return trouble;
 }
 

@@ -22,14 +22,14 @@ __device__ __forceinline__ void give_up_pack(const Message& m, int owner, int64_
 }
 
 // Receives every peer's pack of this rank's shard, sums, and hands the sum on. `places` are those of the shards; the
-// sums go `sums` bytes behind, at `offset` in what each rank keeps for a sender.
+// sum goes to `sum_offset` at each peer.
 template <typename T, int kWorld, bool kWhole, bool kGather>
-__device__ __forceinline__ Trouble reduce_pack(const Message& m, const Start& start, const uint8_t* places,
-                                               uint32_t stride, uint32_t offset, uint32_t sums, int64_t j, uint4 own) {
+__device__ __forceinline__ Trouble reduce_pack(const Message& m, const uint8_t* places, uint32_t stride,
+                                               uint64_t sum_offset, int64_t j, uint4 own) {
   uint4 sum;
   const Trouble trouble = receive_and_sum<T, kWorld>(m.view.group, places, stride, own, sum);
   if (trouble != kFine) return trouble;
-  if (kGather) push_to_peers<kWorld>(m.view, start.bank, stride, sums + offset, without_sentinel(sum));
+  if (kGather) Peers<kWorld>(m.view, stride).push(sum_offset, without_sentinel(sum));
   store_to<T, kWhole>(output_shard<T, kGather>(m, m.view.group.rank), j, sum);
   return kFine;
 }
@@ -47,10 +47,13 @@ __device__ __forceinline__ ShardPack shard_pack(int index, int shard_packs) {
   return {owner, index - owner * shard_packs};
 }
 
-// A thread takes a pack, of whichever shard. The whole message lies in the bank: of each sender num_packs packs of the
-// receiver's shard; behind all those, of each sender num_packs of its sums.
+// A thread takes a pack, of whichever shard. A multiprocessor is to hold so many blocks: the compiler would otherwise
+// spend more registers, and large messages take more rounds. The whole message lies in the bank: of each sender
+// num_packs packs of the receiver's shard; behind all those, of each sender num_packs of its sums.
 template <typename T, int kWorld, bool kWhole, bool kGather>
-__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
+                                                   : kGather   ? 6
+                                                               : 5) two_shot_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const int rank = group.rank;
   const Place place = place_in_grid();
@@ -58,38 +61,42 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
   const int shard_packs = static_cast<int>(m.num_packs), num_packs = kWorld * shard_packs;
   const uint32_t stride = shard_packs * kPackBytes, sums = (kWorld - 1) * stride;
   const auto load = [&](const ShardPack& p) { return load_of<T, kWhole>(shard_of<T>(m, m.in, p.owner), p.j); };
-  ptx::wait_for_previous_kernel();
   const ShardPack mine = shard_pack<kWorld>(first, shard_packs);
+  uint8_t* const banks = banks_of(m.view, rank);
+  const auto target = [&](const ShardPack& p) {
+    return banks_of(m.view, p.owner) + (place_of_sender(rank, p.owner) * stride + p.j * kPackBytes);
+  };
+  uint8_t* const first_target = target(mine);
+  ptx::wait_for_previous_kernel(reinterpret_cast<uint64_t>(first_target));
+  ptx::launch_next_kernel();
   uint4 own{};
   if (first < num_packs) own = load(mine);  // asked for before the epoch
-  const Start start = read_start(group);
-  Trouble trouble = start.trouble;
+  const Start start = read_start<false>(group);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  Trouble trouble = start.trouble();
   if (trouble == kFine) {
     for (int i = first; i < num_packs; i += step) {
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
       if (p.owner == rank) continue;
-      const uint32_t offset = place_of_sender(rank, p.owner) * stride + p.j * kPackBytes;
-      ptx::store_relaxed_sys(bank_of(m.view, p.owner, start.bank) + offset,
+      ptx::store_relaxed_sys((i == first ? first_target : target(p)) + bank,
                              without_sentinel(i == first ? own : load(p)));
     }
   }
-  const Entry entry = enter(group, start, m.defer ? (kGather ? 2 : 1) * (kWorld - 1) * shard_packs : 0);
-  ptx::launch_next_kernel();
+  const Entry entry = enter<false>(group, start, m.defer ? (kGather ? 2 : 1) * (kWorld - 1) * shard_packs : 0);
   if (trouble == kFine) {
     empty_previous(m.view, start, first, step);
-    uint8_t* const bank = bank_of(m.view, rank, start.bank);
     for (int i = first; i < num_packs && trouble == kFine; i += step) {
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
       if (p.owner != rank) continue;
-      const uint32_t offset = p.j * kPackBytes;
-      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, start, bank + offset, stride, offset, sums, p.j,
+      const uint64_t offset = bank + p.j * kPackBytes;
+      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, banks + offset, stride, sums + offset, p.j,
                                                         i == first ? own : load(p));
-      if (!m.defer) empty_places<kWorld>(bank + offset, stride);
+      if (!m.defer) empty_places<kWorld>(banks + offset, stride);
     }
     for (int i = first; kGather && i < num_packs && trouble == kFine; i += step) {
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
       if (p.owner == rank) continue;
-      uint8_t* const source = bank + sums + (place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
+      uint8_t* const source = banks + (bank + sums + place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
       uint4 sum;
       trouble = await_pack(group, source, p.owner, sum);
       if (trouble != kFine) break;
@@ -97,15 +104,15 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
       store_to<T, kWhole>(output_shard<T, true>(m, p.owner), p.j, sum);
     }
   }
+  if (!leave(entry)) trouble = kOverlap;
   if (trouble != kFine) {
 #pragma unroll 1
     for (int i = first; i < num_packs; i += step) {
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
       give_up_pack<T, kWhole, kGather>(m, p.owner, p.j);
     }
-    fail_group(group, kWorld, trouble, m.op, start.epoch);
+    fail_group(group, kWorld, trouble, m.op, start.epoch());
   }
-  leave(group, kWorld, start, entry, m.op);
 }
 
 // For what the bank cannot hold. A thread takes the pack j of every shard, which is its tile. Tile k is pushed, tile
@@ -118,10 +125,11 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid
   const Ring<1> ring{place};
   const uint32_t stride = ring.stride(), sums = (kWorld - 1) * stride;
   ptx::wait_for_previous_kernel();
-  const Start start = read_start(group);
-  const Entry entry = enter(group, start, 0);
-  uint8_t* const bank = bank_of(m.view, rank, start.bank);
-  Trouble trouble = start.trouble;
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  uint8_t* const banks = banks_of(m.view, rank);
+  Trouble trouble = start.trouble();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
   uint4 pushed{};
   for (int64_t k = 0; trouble == kFine && ring.pack_of(k - (kGather ? 2 : 1), 0) < m.num_packs; ++k) {
@@ -136,38 +144,38 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid
         if (o == rank) {
           pushed = packs[o];
         } else {
-          const uint32_t offset = place_of_sender(rank, o) * stride + ring.offset(k, 0);
-          ptx::store_relaxed_sys(bank_of(m.view, o, start.bank) + offset, without_sentinel(packs[o]));
+          const uint64_t offset = bank + place_of_sender(rank, o) * stride + ring.offset(k, 0);
+          ptx::store_relaxed_sys(banks_of(m.view, o) + offset, without_sentinel(packs[o]));
         }
       }
     }
     if (k >= 1 && before < m.num_packs) {
-      const uint32_t offset = ring.offset(k - 1, 0);
-      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, start, bank + offset, stride, offset, sums, before, own);
-      empty_places<kWorld>(bank + offset, stride);
+      const uint64_t offset = bank + ring.offset(k - 1, 0);
+      trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, banks + offset, stride, sums + offset, before, own);
+      empty_places<kWorld>(banks + offset, stride);
     }
     if (kGather && k >= 2 && oldest < m.num_packs && trouble == kFine) {
-      uint8_t* const places = bank + sums + ring.offset(k - 2, 0);
-      uint4 packs[kWorld]{};
+      uint8_t* const places = banks + (bank + sums + ring.offset(k - 2, 0));
+      uint4 packs[kWorld - 1];
       trouble = await_peers<kWorld>(group, places, stride, packs, true);
       empty_places<kWorld>(places, stride);
 #pragma unroll
-      for (int r = 0; r < kWorld; ++r) {
-        if (r != rank && trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, r), oldest, packs[r]);
+      for (int p = 0; p < kWorld - 1; ++p) {
+        if (trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
       }
     }
     ptx::fence_acq_rel_sys();
   }
   ptx::launch_next_kernel();
+  if (!leave(entry)) trouble = kOverlap;
   if (trouble != kFine) {
 #pragma unroll 1
     for (int64_t j = place.index; j < m.num_packs; j += place.count) {
 #pragma unroll 1
       for (int r = 0; r < kWorld; ++r) give_up_pack<T, kWhole, kGather>(m, r, j);
     }
-    fail_group(group, kWorld, trouble, m.op, start.epoch);
+    fail_group(group, kWorld, trouble, m.op, start.epoch());
   }
-  leave(group, kWorld, start, entry, m.op);
 }
 
 }  // namespace sgl_comm::device

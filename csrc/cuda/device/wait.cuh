@@ -14,45 +14,63 @@ constexpr Trouble kOverlap = 0x101;       // another launch of this communicator
 constexpr Trouble kUnregistered = 0x102;  // a captured call whose peers' addresses have not been filled in
 
 struct Start {
-  unsigned long long epoch;
-  uint32_t bank;            // of this launch
-  uint32_t previous_bank;   // of the launch before
-  uint32_t packs_to_empty;  // at its start
-  Trouble trouble;
+  unsigned long long started;  // of which the low bits are how many blocks had added before
+  uint32_t turn;
+  uint32_t abort;
+
+  __device__ __forceinline__ unsigned long long epoch() const { return started / kEpoch; }
+  __device__ __forceinline__ uint32_t bank() const { return Turn::unpacked(turn).bank; }
+  __device__ __forceinline__ bool previous_ended() const {
+    return Turn::unpacked(turn).epoch == Turn::last_bits(epoch());
+  }
+  __device__ __forceinline__ Trouble trouble() const {
+    return abort != 0 ? kFailedBefore : previous_ended() ? kFine : kOverlap;
+  }
 };
 
 __device__ __forceinline__ Control* control_of(const GroupView& group, int rank) {
   return reinterpret_cast<Control*>(group.workspace[rank]);
 }
 
-// Before: wait_for_previous_kernel(). Alike in all threads of the launch, but for the trouble.
+// Before: wait_for_previous_kernel(). Needs all threads of the block. Alike in all threads of the launch, but for
+// whether the group has failed. kShared: one thread reads for its block, which is better where there are many large
+// blocks; else each warp reads for itself, which is quicker.
+template <bool kShared>
 __device__ __forceinline__ Start read_start(const GroupView& group) {
-  const uint4 words = ptx::load_relaxed_sys(group.workspace[group.rank]);
-  const unsigned long long epoch = (static_cast<unsigned long long>(words.y) << 32 | words.x) / kEpoch;
-  const uint32_t last = (epoch & 1) == 0 ? words.w >> 16 : words.w & 0xffff, bank = last & 3;
-  return {epoch, bank == kLastBank ? 0 : bank + 1, bank, (last >> 2) * kPacksPerCount,
-          words.z != 0 ? kFailedBefore : kFine};
+  uint4 words;
+  if constexpr (kShared) {
+    __shared__ uint4 shared;
+    if (threadIdx.x == 0) shared = ptx::load_relaxed_sys(group.workspace[group.rank]);
+    __syncthreads();
+    words = shared;
+  } else {
+    words = ptx::load_relaxed_sys(group.workspace[group.rank]);
+  }
+  return {static_cast<unsigned long long>(words.y) << 32 | words.x, words.w, words.z};
 }
 
 // What a block's first thread keeps from enter() to leave().
 struct Entry {
-  unsigned long long started;  // by which blocks, before this one
-  unsigned long long ended;
+  Control* own;
+  uint32_t before;     // what other blocks had added to `started`
+  uint32_t most;       // of this launch, that can have been added
+  uint32_t remainder;  // `before` when this block's addition makes up kEpoch
+  uint32_t next_turn;
 };
 
-// Once a block, when all its threads have read the start. Needs all of them. `packs` is how many packs of its bank the
-// launch will leave full.
+// Once a block, after read_start<kShared>(). Needs all threads. `packs` is how many of its bank the launch will leave
+// full.
+template <bool kShared>
 __device__ __forceinline__ Entry enter(const GroupView& group, const Start& start, uint32_t packs) {
-  __syncthreads();
+  if (!kShared) __syncthreads();  // all have read the start
   if (threadIdx.x != 0) return {};
-  Control* own = control_of(group, group.rank);
-  Entry entry{0, start.epoch};
-  if (blockIdx.x == 0) {
-    entry.ended = *static_cast<volatile unsigned long long*>(&own->ended);
-    own->last[start.epoch & 1] = packed_last(start.bank, packs);
-  }
-  entry.started = atomicAdd(&own->started, blockIdx.x == 0 ? kEpoch - (gridDim.x - 1) : 1ull);
-  return entry;
+  Control* const own = control_of(group, group.rank);
+  const uint32_t others = gridDim.x - 1, all = static_cast<uint32_t>(kEpoch);
+  const uint32_t addition = ptx::in_register(blockIdx.x == 0 ? all - others : 1);
+  const unsigned long long before = atomicAdd(&own->started, addition);
+  const uint32_t next_turn = ptx::in_register(Turn::unpacked(start.turn).next(packs).packed());
+  const uint32_t most = ptx::in_register(blockIdx.x == 0 ? others : all - 1);
+  return {own, static_cast<uint32_t>(before - start.epoch() * kEpoch), most, all - addition, next_turn};
 }
 
 // Marks the group as failed: here, at every peer, and in the host's memory.
@@ -81,20 +99,17 @@ __device__ __forceinline__ void fail_group(const GroupView& group, int world, Tr
   }
 }
 
-// Once a thread, at its end. Fails the group if another launch of it ran on this rank at the same time.
+// Once a thread, at its end. False if another launch of the group ran on this rank at the same time.
 //
 // Whether blocks of two launches have read the same epoch e is always seen: of the launch that completes its kEpoch
 // first, the last block to add finds another's addition in the counter; or there was none yet, and then every block of
-// the other that has read e adds to a counter that has passed e. If the epochs are apart, the later launch's block 0
-// finds that the last block of the one before has not ended. Some other block may not have ended either, which is not
+// the other that has read e adds to a counter that has passed e. If the epochs are apart, read_start() has found that
+// the block that completed the earlier one has not ended. Some other block may not have ended either, which is not
 // seen; it may then wait in vain, until its deadline.
-__device__ __forceinline__ void leave(const GroupView& group, int world, const Start& start, const Entry& entry,
-                                      Op op) {
-  if (threadIdx.x != 0) return;
-  const unsigned long long others = entry.started - start.epoch * kEpoch;
-  const bool overlap = blockIdx.x == 0 ? others >= gridDim.x || entry.ended < start.epoch : others >= kEpoch;
-  if (overlap) fail_group(group, world, kOverlap, op, start.epoch);
-  if (blockIdx.x == gridDim.x - 1) control_of(group, group.rank)->ended = start.epoch + 1;
+__device__ __forceinline__ bool leave(const Entry& entry) {
+  if (threadIdx.x != 0) return true;
+  if (entry.before == entry.remainder) entry.own->turn = entry.next_turn;
+  return entry.before <= entry.most;
 }
 
 // A wait begins with so many polls of nothing but what is awaited, less than two milliseconds, in a loop of its own.
@@ -134,13 +149,20 @@ class Patience {
   bool started_ = false;
 };
 
+// Polls until incomplete() is false; false if it still is not after the quick polls.
+template <typename Poll>
+__device__ __forceinline__ bool poll_quickly(Poll&& incomplete) {
+  int polls = 0;
+#pragma unroll 1
+  while (incomplete()) {
+    if (++polls == kQuickPolls) return false;
+  }
+  return true;
+}
+
 // Polls until incomplete() is false; false if it is time to give up.
 template <typename Poll>
-__device__ __forceinline__ bool await(const GroupView& group, Poll&& incomplete, bool indirect = false) {
-#pragma unroll 1
-  for (int poll = 0; poll < kQuickPolls; ++poll) {
-    if (!incomplete()) return true;
-  }
+__device__ __forceinline__ bool poll_patiently(const GroupView& group, Poll&& incomplete, bool indirect) {
   Patience patience(group, indirect);
   for (;;) {
 #pragma unroll 1
@@ -149,6 +171,12 @@ __device__ __forceinline__ bool await(const GroupView& group, Poll&& incomplete,
     }
     if (patience.exhausted(group)) return false;
   }
+}
+
+// The one, then the other.
+template <typename Poll>
+__device__ __forceinline__ bool await(const GroupView& group, Poll&& incomplete, bool indirect = false) {
+  return poll_quickly(incomplete) || poll_patiently(group, incomplete, indirect);
 }
 
 }  // namespace sgl_comm::device

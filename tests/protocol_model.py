@@ -1,13 +1,15 @@
 """A model of the push protocol: its rules of memory, and each kind of launch as a program.
 
-What is modelled. Every rank owns `banks` banks of places; a place is EMPTY or holds a datum (launch, tile). Launch e
-of every rank uses bank e % banks. A launch is a program of pushes (stores into a peer's places), polls (wait until
-places of one's own are not EMPTY, and read them), resets (EMPTY into places just read, by the thread that polled them)
-and fences. With `defer` = d > 0, other threads of launch e store EMPTY into every place that launch e - d left full.
-All ranks make the same calls, in any order of kinds: the search (protocol_search.py) chooses a kind, or to stop,
-whenever the first rank gets to a new launch. Launches are counted from the slowest rank's, so that finitely many
-states stand for sequences of any length. One pack a rank is enough: packs of one launch share no place, and more of
-them only make a launch end later. Kinds use the same places from the first on, as far as they can overlap.
+What is modelled. Every rank owns some banks of places; a place is EMPTY or holds a datum (launch, tile). For each of
+its launches a rank takes one bank, by what its last two did (Banks). A launch is a program of pushes (stores into a
+peer's places), polls (wait until places of one's own are not EMPTY, and read them), resets (EMPTY into places just
+read, by the thread that polled them) and fences. What a launch reads and does not reset it leaves full: other threads
+of launch e store EMPTY into every place that launch e - `defer` left full. All ranks make the same calls, in any order
+of kinds, some of which leave their bank full and some not: the search (protocol_search.py) chooses a kind, or to stop,
+whenever the first rank gets to a new launch. Launches are counted from the slowest rank's and banks are renamed, so
+that finitely many states stand for sequences of any length. One pack a rank is enough: packs of one launch share no
+place, and more of them only make a launch end later. Kinds use the same places from the first on, as far as they can
+overlap.
 
 Memory rules.
 - A store becomes visible at any later moment, in any order with the other stores of its rank, whoever they go to.
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Cell = tuple[int, int, int]
 """The rank whose memory it is, the place in the bank, the tile it holds."""
@@ -47,6 +50,41 @@ class Kind:
     program: Callable[[int, int], list[Op]]
 
 
+class Use(NamedTuple):
+    """What a rank's launch does with the banks: which it takes, and whether it leaves that full for a later launch."""
+
+    bank: int
+    full: bool
+
+
+def free_bank(before: Use, last: Use) -> int:
+    """Of three banks, that of the launch before the last if it left nothing full there; else that of neither."""
+    return 3 - before.bank - last.bank if before.full else before.bank
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Which bank each launch takes; as it stands, what the kernels do.
+
+    Attributes:
+        count: banks of each workspace.
+        first: the bank of the first launch.
+        before: the bank of the launch before the first, of which there was none: it left nothing full.
+        following: which bank a rank takes, by what it did in the launch before the last and in the last. The search
+            renames banks, so this may compare them, but not know them by number; rotation() alone counts on.
+    """
+
+    count: int = 3
+    first: int = 0
+    before: int = 1
+    following: Callable[[Use, Use], int] = free_bank
+
+
+def rotation(count: int) -> Banks:
+    """Launch e takes bank e % count."""
+    return Banks(count, first=0, before=count - 1, following=lambda before, last: (last.bank + 1) % count)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What is searched.
@@ -54,15 +92,16 @@ class Protocol:
     Attributes:
         world: number of ranks.
         kinds: the kinds of launches that sequences are made of.
-        banks: banks of each workspace.
-        defer: which later launch empties what a launch left full; 0 for the launch itself, right after reading.
-        empties: "earlier", the number of places of the launch to be emptied after; "own", that of the emptying launch.
+        banks: how many banks there are, and which launch takes which.
+        defer: how many launches later that is emptied which a launch left full.
+        empties: how many places: "earlier", of the launch to be emptied after; "own", of the emptying launch; "bank",
+            all of a bank in which anything was left full.
         boundary: whether a launch waits for the end of the one before.
     """
 
     world: int
     kinds: tuple[Kind, ...]
-    banks: int = 3
+    banks: Banks = Banks()
     defer: int = 1
     empties: str = "earlier"
     boundary: bool = True
@@ -95,6 +134,16 @@ def two_shot(owners: int | None = None, gather: bool = True) -> Kind:
         return [*ops, Op("poll", tuple((rank, world + p, 0) for p in peers if p in owning and gather))]
 
     return Kind(("two_shot" if gather else "reduce_scatter") + (f"_{owners}" if owners is not None else ""), program)
+
+
+def at_once(kind: Kind) -> Kind:
+    """A kind that would leave its bank full, with a reset behind each poll."""
+
+    def program(rank: int, world: int) -> list[Op]:
+        ops = kind.program(rank, world)
+        return [each for op in ops for each in ([op, Op("reset", op.cells)] if op.what == "poll" else [op])]
+
+    return Kind(f"{kind.name}_at_once", program)
 
 
 def ring(tiles: int, places: int = 4, fence: bool = True, reset_after_fence: bool = False) -> Kind:

@@ -5,10 +5,11 @@ late as they can be: when a later store of their thread, behind a fence, becomes
 That loses nothing: a poll changes no memory, and what it lets its thread store may still be delayed without limit; and
 an EMPTY store enables nothing but a launch's end, so the later it is, the more places are full. Tests compare the two.
 
-A state is (kinds, ranks, memory). kinds[past + e] is the kind of launch e, counted from the slowest rank's. A rank is
-(launch, next op, batches, loose): stores that are not yet visible, those of its main thread in batches between fences,
-and those in no order with them. A store is (cell, value, age): into the bank of launch - age. Memory is one byte a
-place, bank by bank: 0 for EMPTY, else launch and tile.
+A state is (launches, ranks, memory). launches[past + e] is the kind of launch e, counted from the slowest rank's, and
+the bank that each rank takes for it. Past kinds are told apart only by what they left full, and banks are numbered in
+the order in which launches took them. A rank is (launch, next op, batches, loose): stores that are not yet visible,
+those of its main thread in batches between fences, and those in no order with them. A store is (cell, value, age): into
+the bank of launch - age. Memory is one byte a place, bank by bank: 0 for EMPTY, else launch and tile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol_model import Op, Protocol
+from protocol_model import Op, Protocol, Use
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ def search(protocol: Protocol, reduced: bool = True) -> Verdict:
 _Store = tuple[int, int, int]
 _Batches = tuple[tuple[_Store, ...], ...]
 _Rank = tuple[int, int, _Batches, tuple[_Store, ...]]
-_State = tuple[tuple[int, ...], tuple[_Rank, ...], bytes]
+_Launches = tuple[tuple[int, tuple[int, ...]], ...]
+_State = tuple[_Launches, tuple[_Rank, ...], bytes]
 
 _PAST = 4
 _TILES = 8
 _STOP = -1
-_NEVER = -2
+_NOTHING = -2  # a past launch, if any, that left nothing full
 _AGING = bytes(b if b <= _TILES else b - _TILES for b in range(256))
 
 
@@ -57,13 +59,11 @@ class _Violation(Exception):
 class _Search:
     def __init__(self, protocol: Protocol, reduced: bool) -> None:
         self.protocol, self.reduced = protocol, reduced
-        self.past = max(1, protocol.defer)  # how many earlier launches matter
+        self.past = protocol.defer if protocol.boundary else _PAST  # how many earlier launches matter
         programs = [[kind.program(r, protocol.world) for r in range(protocol.world)] for kind in protocol.kinds]
-        if protocol.defer == 0:
-            programs = [[_resetting(ops) for ops in ranks] for ranks in programs]
         width = 1 + max(place for ranks in programs for ops in ranks for op in ops for _, place, _ in op.cells)
         self.stride = width * protocol.world
-        self.size = self.stride * protocol.banks
+        self.size = self.stride * protocol.banks.count
 
         def compiled(op: Op) -> tuple[str, tuple[_Store, ...]]:
             return op.what, tuple((r * width + p, 0 if op.what == "reset" else k + 1, 0) for r, p, k in op.cells)
@@ -72,6 +72,7 @@ class _Search:
             [[compiled(op) for op in ops if op.cells or op.what == "fence"] for ops in ranks] for ranks in programs
         ]
         self.full = [[_left_full(ops) for ops in ranks] for ranks in self.programs]
+        self.in_the_past = [self.full.index(full) if any(full) else _NOTHING for full in self.full]
         self.width = width
 
     def run(self) -> Verdict:
@@ -104,14 +105,17 @@ class _Search:
         return Verdict(len(came_from))
 
     def _starts(self) -> Iterator[_State]:
+        memory, banks, world = bytes(self.size), self.protocol.banks, self.protocol.world
+        past = ((_NOTHING, (banks.before,) * world),) * self.past
         for kind in range(len(self.protocol.kinds)):
-            kinds, memory = (_NEVER,) * self.past + (kind,), bytes(self.size)
-            yield kinds, tuple(self._started(kinds, r, 0, (), memory) for r in range(self.protocol.world)), memory
+            launches, _ = self._renamed((*past, (kind, (banks.first,) * world)), memory)
+            ranks = (self._started(launches, r, 0, (), memory) for r in range(world))
+            yield launches, tuple(ranks), memory
 
     def _steps(self, state: _State) -> Iterator[tuple[str, _State]]:
-        kinds, ranks, memory = state
+        launches, ranks, memory = state
         for r, (launch, at, batches, loose) in enumerate(ranks):
-            kind = kinds[self.past + launch]
+            kind, _ = launches[self.past + launch]
             name = f"rank {r}, {'stopped' if kind == _STOP else self.protocol.kinds[kind].name}: "
             for store in loose:
                 if store[1] or not self.reduced:
@@ -130,8 +134,8 @@ class _Search:
                 continue
             program = self.programs[kind][r]
             if at < len(program):
-                if not self.reduced and self._may_read(launch, batches, program[at][1], memory):
-                    rank = self._advanced(kinds, r, (launch, at + 1, batches, loose), memory)
+                if not self.reduced and self._may_read(launches, r, launch, batches, program[at][1], memory):
+                    rank = self._advanced(launches, r, (launch, at + 1, batches, loose), memory)
                     yield f"{name}reads", self._with(state, r, rank, memory)
             elif self._may_end(batches, loose):
                 yield from self._ended(state, r, name)
@@ -140,59 +144,64 @@ class _Search:
         self, state: _State, r: int, store: _Store, forced: tuple[_Store, ...], after: _Rank, name: str
     ) -> tuple[str, _State]:
         """One store, behind those that a fence forces before it, reaches memory."""
-        kinds, _, memory = state
+        launches, _, memory = state
         cells = bytearray(memory)
         for cell, _, age in forced:
-            cells[self._index(after[0] - age, cell)] = 0
+            cells[self._index(launches, r, after[0] - age, cell)] = 0
         cell, value, age = store
-        index, target = self._index(after[0] - age, cell), cell // self.width
+        index, target = self._index(launches, r, after[0] - age, cell), cell // self.width
         if value and cells[index]:
             raise _Violation(f"{name}a push lands on a full place of rank {target}")
         cells[index] = _value(after[0] - age, value - 1) if value else 0
         memory = bytes(cells)
         new = self._with(state, r, after, memory)
         if value:
-            new = self._with(new, target, self._advanced(kinds, target, new[1][target], memory), memory)
+            new = self._with(new, target, self._advanced(launches, target, new[1][target], memory), memory)
         step = f"{name}push of tile {value - 1} reaches rank {target}" if value else f"{name}empties a place"
         return step, new
 
     def _ended(self, state: _State, r: int, name: str) -> Iterator[tuple[str, _State]]:
         """Rank r's launch ends; the next one starts, of each kind if no rank has started it before."""
-        kinds, ranks, memory = state
+        launches, ranks, memory = state
         launch, _, batches, loose = ranks[r]
         left: tuple[_Store, ...] = ()
         if self.protocol.boundary:
             cells = bytearray(memory)
             for cell, _, age in (*loose, *(s for batch in batches for s in batch)):
-                cells[self._index(launch - age, cell)] = 0
+                cells[self._index(launches, r, launch - age, cell)] = 0
             memory = bytes(cells)
         else:
             left = tuple((c, v, age + 1) for c, v, age in (*loose, *(s for batch in batches for s in batch)))
-        known = len(kinds) > self.past + launch + 1
-        for kind in [kinds[self.past + launch + 1]] if known else [_STOP, *range(len(self.protocol.kinds))]:
-            longer = kinds if known else (*kinds, kind)
-            started = self._started(longer, r, launch + 1, left, memory)
-            yield f"{name}ends", self._rebased((longer, (*ranks[:r], started, *ranks[r + 1 :]), memory))
-
-    def _started(self, kinds: tuple[int, ...], r: int, launch: int, left: tuple[_Store, ...], memory: bytes) -> _Rank:
-        kind, defer = kinds[self.past + launch], self.protocol.defer
-        emptied = kinds[self.past + launch - defer]
-        if kind == _STOP or defer == 0 or emptied == _NEVER:
-            counted: tuple[int, ...] = ()
+        if len(launches) > self.past + launch + 1:
+            choice = [launches]
         else:
-            counted = self.full[emptied if self.protocol.empties == "earlier" else kind][r]
-        loose = left + tuple((cell, 0, defer) for cell in counted)
-        return self._advanced(kinds, r, (launch, 0, (), loose), memory)
+            banks = tuple(self._following(launches, rank) for rank in range(self.protocol.world))
+            choice = [(*launches, (kind, banks)) for kind in [_STOP, *range(len(self.protocol.kinds))]]
+        for chosen in choice:
+            started = self._started(chosen, r, launch + 1, left, memory)
+            yield f"{name}ends", self._rebased((chosen, (*ranks[:r], started, *ranks[r + 1 :]), memory))
 
-    def _advanced(self, kinds: tuple[int, ...], r: int, rank: _Rank, memory: bytes) -> _Rank:
+    def _started(self, launches: _Launches, r: int, launch: int, left: tuple[_Store, ...], memory: bytes) -> _Rank:
+        defer, empties = self.protocol.defer, self.protocol.empties
+        (kind, _), (emptied, _) = launches[self.past + launch], launches[self.past + launch - defer]
+        if kind == _STOP or not self._leaves_full(emptied, r):
+            counted: tuple[int, ...] = ()
+        elif empties == "bank":
+            counted = tuple(range(r * self.width, (r + 1) * self.width))
+        else:
+            counted = self.full[emptied if empties == "earlier" else kind][r]
+        loose = left + tuple((cell, 0, defer) for cell in counted)
+        return self._advanced(launches, r, (launch, 0, (), loose), memory)
+
+    def _advanced(self, launches: _Launches, r: int, rank: _Rank, memory: bytes) -> _Rank:
         """Rank r after all that it does of itself: up to a poll that it cannot take yet (full search: any poll)."""
         launch, at, batches, loose = rank
-        kind = kinds[self.past + launch]
+        kind, _ = launches[self.past + launch]
         program = [] if kind == _STOP else self.programs[kind][r]
         while at < len(program):
             what, stores = program[at]
             if what == "poll":
-                if not self._may_read(launch, batches, stores, memory) or not self.reduced:
+                if not self._may_read(launches, r, launch, batches, stores, memory) or not self.reduced:
                     break
             elif what == "fence":
                 batches = (*batches, ()) if batches and batches[-1] else batches
@@ -201,10 +210,12 @@ class _Search:
             at += 1
         return launch, at, batches, loose
 
-    def _may_read(self, launch: int, batches: _Batches, cells: tuple[_Store, ...], memory: bytes) -> bool:
+    def _may_read(
+        self, launches: _Launches, r: int, launch: int, batches: _Batches, cells: tuple[_Store, ...], memory: bytes
+    ) -> bool:
         every = True
         for cell, expected, _ in cells:
-            got = memory[self._index(launch, cell)]
+            got = memory[self._index(launches, r, launch, cell)]
             if not got or any(cell == s[0] and not s[1] for batch in batches for s in batch):
                 every = False
             elif got != _value(launch, expected - 1):
@@ -220,40 +231,53 @@ class _Search:
 
     def _check_end(self, state: _State) -> None:
         """A state without a next step: the ranks have stopped, and their memory is as the last launch leaves it."""
-        kinds, ranks, memory = state
-        stuck = [r for r, rank in enumerate(ranks) if kinds[self.past + rank[0]] != _STOP]
+        launches, ranks, memory = state
+        stuck = [r for r, rank in enumerate(ranks) if launches[self.past + rank[0]][0] != _STOP]
         if stuck:
             raise _Violation(f"deadlock: ranks {stuck} wait")
         expected = bytearray(self.size)
-        for back in range(1, max(1, self.protocol.defer) + 1):
-            last = kinds[self.past - back]
-            for cell in (cell for full in self.full[last] for cell in full) if last != _NEVER else ():
-                expected[self._index(-back, cell)] = 1
+        for back in range(1, self.protocol.defer + 1):
+            last, _ = launches[self.past - back]
+            for r in range(self.protocol.world):
+                for cell in self.full[last][r] if self._leaves_full(last, r) else ():
+                    expected[self._index(launches, r, -back, cell)] = 1
         if any(bool(got) != bool(want) for got, want in zip(memory, expected, strict=True)):
             raise _Violation("other places are full at the end than those of the last launch")
 
-    def _index(self, launch: int, cell: int) -> int:
-        return launch % self.protocol.banks * self.stride + cell
+    def _following(self, launches: _Launches, r: int) -> int:
+        """The bank that rank r takes for the launch after these."""
+        before, last = (Use(banks[r], self._leaves_full(kind, r)) for kind, banks in launches[-2:])
+        return self.protocol.banks.following(before, last)
+
+    def _leaves_full(self, kind: int, r: int) -> bool:
+        return kind != _NOTHING and len(self.full[kind][r]) > 0
+
+    def _index(self, launches: _Launches, r: int, launch: int, cell: int) -> int:
+        """Where a cell lies in the bank that rank r takes for a launch."""
+        return launches[self.past + launch][1][r] * self.stride + cell
 
     def _with(self, state: _State, r: int, rank: _Rank, memory: bytes) -> _State:
-        kinds, ranks, _ = state
-        return kinds, (*ranks[:r], rank, *ranks[r + 1 :]), memory
+        launches, ranks, _ = state
+        return launches, (*ranks[:r], rank, *ranks[r + 1 :]), memory
 
     def _rebased(self, state: _State) -> _State:
         """The state with launches counted from the slowest rank's."""
-        kinds, ranks, memory = state
+        launches, ranks, memory = state
         if min(rank[0] for rank in ranks) == 0:
             return state
-        memory = (memory[self.stride :] + memory[: self.stride]).translate(_AGING)
-        return kinds[1:], tuple((launch - 1, *rest) for launch, *rest in ranks), memory
+        kind, banks = launches[self.past]
+        launches = (*launches[1 : self.past], (self.in_the_past[kind], banks), *launches[self.past + 1 :])
+        launches, memory = self._renamed(launches, memory.translate(_AGING))
+        return launches, tuple((launch - 1, *rest) for launch, *rest in ranks), memory
 
-
-def _resetting(ops: list[Op]) -> list[Op]:
-    """The program with a reset behind each poll that has none."""
-    out: list[Op] = []
-    for op in ops:
-        out += [op, Op("reset", op.cells)] if op.what == "poll" and Op("reset", op.cells) not in ops else [op]
-    return out
+    def _renamed(self, launches: _Launches, memory: bytes) -> tuple[_Launches, bytes]:
+        """Numbers banks in the order in which launches took them, then the others in a circle from the first on."""
+        count = self.protocol.banks.count
+        taken = [bank for _, banks in launches for bank in banks]
+        order = list(dict.fromkeys(taken + [(taken[0] + i) % count for i in range(count)]))
+        parts = (memory[bank * self.stride : (bank + 1) * self.stride] for bank in order)
+        names = {bank: name for name, bank in enumerate(order)}
+        return tuple((kind, tuple(names[bank] for bank in banks)) for kind, banks in launches), b"".join(parts)
 
 
 def _left_full(program: list[tuple[str, tuple[_Store, ...]]]) -> tuple[int, ...]:

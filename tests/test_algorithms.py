@@ -62,7 +62,7 @@ def up_to_a_mebibyte(world: int, one_shot_bytes: int) -> list[Case]:
         if dtype != torch.float16 and one_shot_bytes < MIB:
             counts += around(one_shot_bytes, dtype)
         if dtype == torch.bfloat16:
-            counts += [3, pack - 1, pack, *(edge * KIB // size + 1 for edge in (1, 16, 128, 256)), MIB // size]
+            counts += [3, pack - 1, pack, *(edge * KIB // size + 1 for edge in (1, 16, 32, 128, 256)), MIB // size]
         cases += cases_of(OPS, dtype, counts, world)
     return cases
 

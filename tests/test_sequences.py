@@ -204,6 +204,6 @@ def test_a_long_sequence_of_everything(pools: Pools, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
-@pytest.mark.parametrize("bits", [16, 31, 32])
+@pytest.mark.parametrize("bits", [14, 16, 31, 32])
 def test_epochs_may_pass_what_small_counters_hold(pools: Pools, bits: int, world: int) -> None:
     assert_none_wrong(pools.of(1).run(sequence, world, 60, 2**bits - 3, deadline=60))

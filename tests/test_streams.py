@@ -364,15 +364,14 @@ def overlap_of_rank_0(ctx: RankContext, op: str, second: str, rank_1_comes: bool
                 second_graph.replay()
             else:
                 more = [call(op, x, ranks[0].group_name)]
-        time.sleep(0.1)  # and so does this one
+        time.sleep(0.1)  # and this one has seen it, or waits too
         outs += more
-        if rank_1_comes:
-            outs += [simulated_call(ranks[1], op, x) for _ in range(2)]
+        refused = [error_text(lambda: outs.append(simulated_call(ranks[1], op, x))) for _ in range(2 * rank_1_comes)]
         torch.cuda.synchronize()
         took = time.monotonic() - start
-        refused = error_text(lambda: outs.append(simulated_call(ranks[1], op, x)))
+        refused.append(error_text(lambda: outs.append(simulated_call(ranks[1], op, x))))
         torch.cuda.synchronize()
-        faults = [ranks[0].fault(), refused or ranks[1].fault()]
+        faults = [ranks[0].fault(), *(text for text in (*refused, ranks[1].fault()) if text)]
         right_or_nan = all(bool(((out == 2) | out.isnan()).all()) for out in outs)
         all_nan = all(bool(out.isnan().all()) for out in outs)
         usable = torch.ones(4, device=device).sum().item() == 4
@@ -392,8 +391,8 @@ def simulated_call(rank: SimulatedRank, op: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("second", ["graph", "eager"])
 @pytest.mark.parametrize("op", ["one_shot", "two_shot", "one_shot_ring", "two_shot_ring", "v1"])
 def test_two_launches_at_once_are_detected(short_one_process: Pools, op: str, second: str) -> None:
-    """Both wait together, and both get what they wait for."""
     (result,) = short_one_process.of(1).run(overlap_of_rank_0, op, second, True, deadline=60)
+    assert len(result.faults) >= 2, result
     assert all("two calls ran at once on rank 0" in fault for fault in result.faults), result
     assert result.took < TIMEOUT_S, result
     assert result.right_or_nan, result
@@ -405,6 +404,7 @@ def test_two_launches_at_once_are_detected(short_one_process: Pools, op: str, se
 def test_two_launches_at_once_end_though_their_peer_never_comes(short_one_process: Pools, op: str) -> None:
     (result,) = short_one_process.of(1).run(overlap_of_rank_0, op, "graph", False, deadline=60)
     known = ("two calls ran at once on rank 0", "for rank 1, which never came")
+    assert len(result.faults) >= 2, result
     assert all(any(text in fault for text in known) for fault in result.faults), result
     assert result.took < 3 * TIMEOUT_S, result
     assert result.all_nan, result

@@ -33,18 +33,14 @@ void push_all_gather(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   constexpr int64_t kRowBytes = device::kRowPacks * device::kPackBytes;
   const int64_t rows = (message.num_packs + device::kRowData - 1) / device::kRowData;
   const bool ring =
-      rows * kRowBytes > comm.slot_bytes() || rows * device::kRowPacks * (comm.world() - 1) > device::Turn::kMostPacks;
+      rows * kRowBytes > comm.slot_bytes() || rows * device::kRowPacks * (comm.world() - 1) > device::Baton::kMostPacks;
   constexpr int64_t kRingBlockBytes = device::kRingPlaces * kRowBytes * (device::kMaxThreads / device::kRowData);
   const Residency& limits = comm.limits();
   const int64_t threads = rows * device::kRowData;
   const Shape shape = ring
                           ? limits.shape(Kind::kRing, threads, device::kMaxThreads, comm.slot_bytes() / kRingBlockBytes)
                           : limits.shape(Kind::kGather, threads, threads <= 64 ? 64 : 128);
-  const DeviceScope scope(comm.device());
-  const cudaStream_t stream = current_stream(comm.device());
-  const auto turn = comm.order().next(kOp, stream);
-  launch(kOp, gather_kernel(unit, comm.world(), ring), shape, stream, turn.same_stream && limits.dependent_launch,
-         message);
+  launch_in_order(kOp, comm, gather_kernel(unit, comm.world(), ring), shape, message);
 }
 
 Tensor all_gather(const Tensor& input, const Text& group_name) {

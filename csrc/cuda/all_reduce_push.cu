@@ -50,10 +50,7 @@ void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Ten
                                                                              : Rounds::kMany;
   const PushKernel kernel = one_shot ? one_shot_kernel(dtype, comm.world(), whole, rounds)
                                      : two_shot_kernel(dtype, comm.world(), whole, ring);
-  const DeviceScope scope(comm.device());
-  const cudaStream_t stream = current_stream(comm.device());
-  const auto turn = comm.order().next(op, stream);
-  launch(op, kernel, shape, stream, turn.same_stream && comm.limits().dependent_launch, message);
+  launch_in_order(op, comm, kernel, shape, message);
 }
 
 }  // namespace sgl_comm::cuda

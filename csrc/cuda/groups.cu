@@ -17,52 +17,53 @@ namespace sgl_comm::cuda {
 
 namespace {
 
-// A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
-template <typename Group, typename Make>
-Tensor publish(Group& group, int64_t device, Make&& make) {
-  auto handle = decltype(group.communicator->publish()){};
-  try {
-    const DeviceScope scope(static_cast<int>(device));
-    group.communicator = make();
-    handle = group.communicator->publish();
-  } catch (const std::exception& error) {
-    group.communicator.reset();
-    handle = {};
-    std::strncpy(handle.failure, error.what(), sizeof handle.failure - 1);
-  }
-  return to_bytes(handle);
-}
+// What init does with a communicator of either protocol, step by step.
+template <typename Communicator>
+struct Steps {
+  using Groups = Registry<Communicator>;
+  static Groups& groups() { return Groups::instance(); }
 
-template <typename Group>
-std::string attach(Group& group, const Tensor& bytes) {
-  using Handle = decltype(group.communicator->publish());
-  const auto handles = from_bytes<Handle>(bytes, group.world);
-  return group.communicator ? group.communicator->attach(handles) : std::string(handles[group.rank].failure);
+  static void close(const Text& name) { groups().close(name); }
+
+  // A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
+  static Tensor publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes,
+                        int64_t fallback_bytes, double timeout, int64_t first_epoch) {
+    const auto group = groups().find_open("init", name);
+    CommunicatorHandle handle{};
+    try {
+      const DeviceScope scope(static_cast<int>(device));
+      group->communicator = std::make_unique<Communicator>(group->rank, group->world, static_cast<int>(device),
+                                                           max_size, Thresholds{one_shot_bytes, fallback_bytes},
+                                                           timeout, static_cast<uint64_t>(first_epoch));
+      handle = group->communicator->publish();
+    } catch (const std::exception& error) {
+      group->communicator.reset();
+      handle = {};
+      std::strncpy(handle.failure, error.what(), sizeof handle.failure - 1);
+    }
+    return to_bytes(handle);
+  }
+
+  static std::string attach(const Text& name, const Tensor& bytes) {
+    const auto group = groups().find_open("init", name);
+    const auto handles = from_bytes<CommunicatorHandle>(bytes, group->world);
+    return group->communicator ? group->communicator->attach(handles) : std::string(handles[group->rank].failure);
+  }
+
+  static void settle(const Text& name, bool agreed, const Text& reason) { groups().settle(name, agreed, reason); }
+
+  static std::string fault(const Text& name) { return groups().fault(name); }
+};
+using V1 = Steps<CommunicatorV1>;
+using V2 = Steps<CommunicatorV2>;
+
+void v1_open(const Text& name, int64_t rank, int64_t world) {
+  groups_v1().open(name, static_cast<int>(rank), static_cast<int>(world));
 }
 
 void v2_open(const Text& name, int64_t rank, int64_t world, const Text& backend) {
   groups_v2().open(name, static_cast<int>(rank), static_cast<int>(world), backend);
 }
-
-void v2_close(const Text& name) { groups_v2().close(name); }
-
-Tensor v2_publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t fallback_bytes,
-                  double timeout, int64_t first_epoch) {
-  const auto group = groups_v2().find_open("init", name);
-  return publish(*group, device, [&] {
-    return std::make_unique<CommunicatorV2>(group->rank, group->world, static_cast<int>(device), max_size,
-                                            Thresholds{one_shot_bytes, fallback_bytes}, timeout,
-                                            static_cast<uint64_t>(first_epoch));
-  });
-}
-
-std::string v2_attach(const Text& name, const Tensor& bytes) {
-  return attach(*groups_v2().find_open("init", name), bytes);
-}
-
-void v2_settle(const Text& name, bool agreed, const Text& reason) { groups_v2().settle(name, agreed, reason); }
-
-std::string v2_fault(const Text& name) { return groups_v2().fault(name); }
 
 // By which algorithm a message of so many bytes goes.
 std::string v2_algorithm(const Text& name, int64_t bytes) {
@@ -71,30 +72,6 @@ std::string v2_algorithm(const Text& name, int64_t bytes) {
   const CommunicatorV2& comm = *group->communicator;
   return name_of(choose("explain", "auto", bytes, comm.world(), comm.bank_bytes(), comm.thresholds()));
 }
-
-void v1_open(const Text& name, int64_t rank, int64_t world) {
-  groups_v1().open(name, static_cast<int>(rank), static_cast<int>(world));
-}
-
-void v1_close(const Text& name) { groups_v1().close(name); }
-
-Tensor v1_publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t fallback_bytes,
-                  double timeout, int64_t first_epoch) {
-  const auto group = groups_v1().find_open("init", name);
-  return publish(*group, device, [&] {
-    return std::make_unique<CommunicatorV1>(group->rank, group->world, static_cast<int>(device), max_size,
-                                            Thresholds{one_shot_bytes, fallback_bytes}, timeout,
-                                            static_cast<uint64_t>(first_epoch));
-  });
-}
-
-std::string v1_attach(const Text& name, const Tensor& bytes) {
-  return attach(*groups_v1().find_open("init", name), bytes);
-}
-
-void v1_settle(const Text& name, bool agreed, const Text& reason) { groups_v1().settle(name, agreed, reason); }
-
-std::string v1_fault(const Text& name) { return groups_v1().fault(name); }
 
 // For calls of a capture(): the communicator, which must be there.
 GraphInputs& graph_inputs(const std::string& name) {
@@ -140,18 +117,18 @@ int64_t link_of(int64_t device, int64_t peer) {
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("_cuda_link", TORCH_BOX(&sgl_comm::cuda::link_of));
   m.impl("_v2_open", TORCH_BOX(&sgl_comm::cuda::v2_open));
-  m.impl("_v2_close", TORCH_BOX(&sgl_comm::cuda::v2_close));
-  m.impl("_v2_publish", TORCH_BOX(&sgl_comm::cuda::v2_publish));
-  m.impl("_v2_attach", TORCH_BOX(&sgl_comm::cuda::v2_attach));
-  m.impl("_v2_settle", TORCH_BOX(&sgl_comm::cuda::v2_settle));
-  m.impl("_v2_fault", TORCH_BOX(&sgl_comm::cuda::v2_fault));
+  m.impl("_v2_close", TORCH_BOX(&sgl_comm::cuda::V2::close));
+  m.impl("_v2_publish", TORCH_BOX(&sgl_comm::cuda::V2::publish));
+  m.impl("_v2_attach", TORCH_BOX(&sgl_comm::cuda::V2::attach));
+  m.impl("_v2_settle", TORCH_BOX(&sgl_comm::cuda::V2::settle));
+  m.impl("_v2_fault", TORCH_BOX(&sgl_comm::cuda::V2::fault));
   m.impl("_v2_algorithm", TORCH_BOX(&sgl_comm::cuda::v2_algorithm));
   m.impl("_v1_open", TORCH_BOX(&sgl_comm::cuda::v1_open));
-  m.impl("_v1_close", TORCH_BOX(&sgl_comm::cuda::v1_close));
-  m.impl("_v1_publish", TORCH_BOX(&sgl_comm::cuda::v1_publish));
-  m.impl("_v1_attach", TORCH_BOX(&sgl_comm::cuda::v1_attach));
-  m.impl("_v1_settle", TORCH_BOX(&sgl_comm::cuda::v1_settle));
-  m.impl("_v1_fault", TORCH_BOX(&sgl_comm::cuda::v1_fault));
+  m.impl("_v1_close", TORCH_BOX(&sgl_comm::cuda::V1::close));
+  m.impl("_v1_publish", TORCH_BOX(&sgl_comm::cuda::V1::publish));
+  m.impl("_v1_attach", TORCH_BOX(&sgl_comm::cuda::V1::attach));
+  m.impl("_v1_settle", TORCH_BOX(&sgl_comm::cuda::V1::settle));
+  m.impl("_v1_fault", TORCH_BOX(&sgl_comm::cuda::V1::fault));
   m.impl("_v1_begin_capture", TORCH_BOX(&sgl_comm::cuda::v1_begin_capture));
   m.impl("_v1_end_capture", TORCH_BOX(&sgl_comm::cuda::v1_end_capture));
   m.impl("_v1_register", TORCH_BOX(&sgl_comm::cuda::v1_register));

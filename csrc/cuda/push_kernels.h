@@ -27,7 +27,7 @@ PushKernel gather_kernel(Unit unit, int world, bool ring);
 // Whether a launch leaves what it has read for the next one to empty: faster for what is small, which waits; large
 // messages do better with fewer places in use (benchmarks/bench_all_reduce.py).
 constexpr int64_t kMostBytesToDefer = 32 << 10;
-static_assert(kMostBytesToDefer / device::kPackBytes * (device::kMaxRanks - 1) <= device::Turn::kMostPacks);
+static_assert(kMostBytesToDefer / device::kPackBytes * (device::kMaxRanks - 1) <= device::Baton::kMostPacks);
 inline bool push_defers(int64_t bytes) { return bytes <= kMostBytesToDefer; }
 
 // The threads of a block that were fastest, by the packs that a launch has to move (the same benchmark).

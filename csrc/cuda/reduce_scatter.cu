@@ -36,11 +36,7 @@ void push_reduce_scatter(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   const Shape shape =
       ring ? limits.shape(Kind::kRing, message.num_packs, device::kMaxThreads, comm.slot_bytes() / kRingBlockBytes)
            : limits.shape(Kind::kTwoShot, threads, two_shot_threads(threads));
-  const DeviceScope scope(comm.device());
-  const cudaStream_t stream = current_stream(comm.device());
-  const auto turn = comm.order().next(kOp, stream);
-  launch(kOp, reduce_scatter_kernel(dtype, comm.world(), whole, ring), shape, stream,
-         turn.same_stream && limits.dependent_launch, message);
+  launch_in_order(kOp, comm, reduce_scatter_kernel(dtype, comm.world(), whole, ring), shape, message);
 }
 
 Tensor reduce_scatter(const Tensor& input, const Text& group_name) {

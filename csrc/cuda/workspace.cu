@@ -17,7 +17,7 @@ Workspace::Workspace(size_t bytes, int fill, uint64_t first_epoch) {
   data_ = static_cast<uint8_t*>(memory);
   device::Control control{};
   control.started = first_epoch * device::kEpoch;
-  control.turn = device::first_turn(first_epoch).packed();
+  control.baton = device::first_baton(first_epoch).packed();
   SGL_CUDA_CHECK("init", cudaMemset(data_, 0, device::kControlBytes));
   SGL_CUDA_CHECK("init", cudaMemcpy(data_, &control, sizeof control, cudaMemcpyHostToDevice));
   SGL_CUDA_CHECK("init", cudaMemset(data_ + device::kControlBytes, fill, rounded - device::kControlBytes));

@@ -61,16 +61,20 @@ __device__ __forceinline__ Trouble meet(const GroupView& group, const Start& sta
   return __syncthreads_or(late) ? kFailedBefore : kFine;
 }
 
-// Where the ranks' inputs are; kUnregistered if the entry of a captured call has not been filled in.
+// Finds where the ranks' inputs are, if the launch can go on; the entry of a captured call may not have been filled in.
+// Needs all threads of the block, which goes on as one or not at all. A thread in trouble fails the group.
 template <int kWorld>
-__device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const void* (&inputs)[kWorld]) {
+__device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const Start& start,
+                                               const void* (&inputs)[kWorld]) {
   bool all = true;
 #pragma unroll
   for (int r = 0; r < kWorld; ++r) {
     inputs[r] = m.entry != nullptr ? m.entry->input[r] : m.view.group.workspace[r] + m.view.staging;
     all &= inputs[r] != nullptr;
   }
-  return all ? kFine : kUnregistered;
+  const Trouble trouble = start.trouble() != kFine ? start.trouble() : all ? kFine : kUnregistered;
+  if (trouble != kFine) fail_group(m.view.group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
+  return __syncthreads_or(trouble != kFine) ? kFailedBefore : kFine;
 }
 
 __device__ __forceinline__ uint4* staging_of(const PullMessage& m) {
@@ -108,9 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_pull_kernel(const __g
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const void* inputs[kWorld];
-  Trouble trouble = start.trouble() != kFine ? start.trouble() : find_inputs<kWorld>(m, inputs);
-  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
-  if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
+  Trouble trouble = find_inputs<kWorld>(m, start, inputs);
   if (trouble == kFine) {
     for (int64_t i = place.index; m.stage && i < m.num_packs; i += place.count) {
       staging_of(m)[i] = load_pack<T, kWhole>(m.in, m.count, i);
@@ -141,9 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const void* inputs[kWorld];
-  Trouble trouble = start.trouble() != kFine ? start.trouble() : find_inputs<kWorld>(m, inputs);
-  if (trouble != kFine) fail_group(group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
-  if (__syncthreads_or(trouble != kFine)) trouble = kFailedBefore;  // the block goes on as one
+  Trouble trouble = find_inputs<kWorld>(m, start, inputs);
   if (trouble == kFine) {
     for (int64_t j = place.index; m.stage && j < m.num_packs; j += place.count) {
 #pragma unroll 1

@@ -7,11 +7,13 @@
 // of rank p's bank is written by one thread of one peer, polled by threads of rank p in the same epoch e, and emptied
 // by threads of rank p in epoch e (what is emptied at once) or e + 1. Which bank: that of the launch before the last,
 // if that one emptied it at once; else the one that neither of the last two used. So a bank used in epoch e and emptied
-// in epoch e is used again in e + 2 at the earliest; one emptied in epoch e + 1, in e + 3. Why reuse is safe. Rank r
-// writes in epoch f only after its kernel of f - 1 has ended, so after it received f - 1 from p; and p sent that only
-// after p's kernel of f - 2 had ended, with every place emptied that it was to empty. The end of a kernel and the wait
-// for it (griddepcontrol.wait) are the release and acquire. It needs every launch to wait for every peer: one that does
-// not (a broadcast) has no place in these banks.
+// in epoch e is used again in e + 2 at the earliest; one emptied in epoch e + 1, in e + 3.
+//
+// Why reuse is safe. Rank r writes in epoch f only after its kernel of f - 1 has ended, so after it received f - 1 from
+// p; and p sent that only after p's kernel of f - 2 had ended, with every place emptied that it was to empty. The end
+// of a kernel and the wait for it (griddepcontrol.wait) are the release and acquire. It needs every launch to wait for
+// every peer: one that does not (a broadcast) has no place in these banks. And it needs all ranks to agree on whether a
+// launch leaves its bank full, since they choose the next banks by that.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -45,10 +47,11 @@ __host__ __device__ __forceinline__ int sender_at(int place, int receiver) {
 // Empties what the previous launch left full: pack `first`, `first + stride`, ...; together all of it.
 __device__ __forceinline__ void empty_previous(const PushView& view, const Start& start, uint32_t first,
                                                uint32_t stride) {
-  const Turn turn = Turn::unpacked(start.turn);
-  uint4* const bank = reinterpret_cast<uint4*>(banks_of(view, view.group.rank) + bank_offset(view, turn.previous_bank));
+  const Baton baton = Baton::unpacked(start.baton);
+  uint4* const bank =
+      reinterpret_cast<uint4*>(banks_of(view, view.group.rank) + bank_offset(view, baton.previous_bank));
 #pragma unroll 1
-  for (uint32_t i = first; i < turn.packs_to_empty; i += stride) bank[i] = sentinel_pack();
+  for (uint32_t i = first; i < baton.packs_to_empty; i += stride) bank[i] = sentinel_pack();
 }
 
 // Where this rank's packs go: its part of the first bank of each peer. Senders' parts are `stride` bytes apart.

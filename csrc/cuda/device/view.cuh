@@ -13,18 +13,18 @@ constexpr unsigned long long kEpoch = 1 << 16;
 //   started  the epoch, times kEpoch. Every block of a launch adds to it once, in all kEpoch, when all its threads have
 //            read it: a block that has not yet read still finds the old epoch.
 //   abort    0, or a packed AbortCode: the group has failed. Written by any rank's kernel, the first time for good.
-//   turn     a packed Turn, written at the end of each launch by the block whose addition made up its kEpoch.
+//   baton    a packed Baton, written at the end of each launch by the block whose addition made up its kEpoch.
 // All of it is written by the rank's own kernels, `abort` by the peers' too.
 struct alignas(16) Control {
   unsigned long long started;
   uint32_t abort;
-  uint32_t turn;
+  uint32_t baton;
   uint32_t fault_claimed;  // by the first thread of this rank that reports the fault to the host
 };
 
 // What a launch leaves to the next one: which of three banks that is to take, which bank it has itself used, how many
 // packs at the start of that bank it has left full for the next one to empty, and which epoch has ended.
-struct Turn {
+struct Baton {
   static constexpr uint32_t kBankBits = 2, kCountBits = 14, kEpochBits = 32 - 2 * kBankBits - kCountBits;
   static constexpr uint32_t kPacksPerCount = 4;  // the last few of a bank are emptied though they are empty
   static constexpr uint32_t kMostPacks = ((1u << kCountBits) - 1) * kPacksPerCount;
@@ -38,13 +38,13 @@ struct Turn {
     const uint32_t count = (packs_to_empty + kPacksPerCount - 1) / kPacksPerCount;
     return epoch << (2 * kBankBits + kCountBits) | count << (2 * kBankBits) | previous_bank << kBankBits | bank;
   }
-  static __host__ __device__ constexpr Turn unpacked(uint32_t word) {
+  static __host__ __device__ constexpr Baton unpacked(uint32_t word) {
     constexpr uint32_t kBank = (1u << kBankBits) - 1, kCount = (1u << kCountBits) - 1;
     return {word & kBank, word >> kBankBits & kBank, (word >> (2 * kBankBits) & kCount) * kPacksPerCount,
             word >> (2 * kBankBits + kCountBits)};
   }
-  // Of the launch after one that had this turn and leaves `packs` full. Why these banks: push.cuh.
-  __host__ __device__ constexpr Turn next(uint32_t packs) const {
+  // For the launch after one that had this baton and leaves `packs` full. Why these banks: push.cuh.
+  __host__ __device__ constexpr Baton next(uint32_t packs) const {
     const uint32_t third = 3 - bank - previous_bank;
     return {packs_to_empty == 0 ? previous_bank : third, bank, packs, last_bits(epoch + 1)};
   }
@@ -53,7 +53,7 @@ struct Turn {
   }
 };
 constexpr uint32_t kBanks = 3;
-__host__ __device__ constexpr Turn first_turn(uint64_t epoch) { return {0, 1, 0, Turn::last_bits(epoch)}; }
+__host__ __device__ constexpr Baton first_baton(uint64_t epoch) { return {0, 1, 0, Baton::last_bits(epoch)}; }
 constexpr int64_t kControlBytes = 4096;
 
 // Why a group has failed: what rank `rank` saw, of rank `peer`.

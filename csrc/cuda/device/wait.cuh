@@ -15,13 +15,13 @@ constexpr Trouble kUnregistered = 0x102;  // a captured call whose peers' addres
 
 struct Start {
   unsigned long long started;  // of which the low bits are how many blocks had added before
-  uint32_t turn;
+  uint32_t baton;
   uint32_t abort;
 
   __device__ __forceinline__ unsigned long long epoch() const { return started / kEpoch; }
-  __device__ __forceinline__ uint32_t bank() const { return Turn::unpacked(turn).bank; }
+  __device__ __forceinline__ uint32_t bank() const { return Baton::unpacked(baton).bank; }
   __device__ __forceinline__ bool previous_ended() const {
-    return Turn::unpacked(turn).epoch == Turn::last_bits(epoch());
+    return Baton::unpacked(baton).epoch == Baton::last_bits(epoch());
   }
   __device__ __forceinline__ Trouble trouble() const {
     return abort != 0 ? kFailedBefore : previous_ended() ? kFine : kOverlap;
@@ -55,7 +55,7 @@ struct Entry {
   uint32_t before;     // what other blocks had added to `started`
   uint32_t most;       // of this launch, that can have been added
   uint32_t remainder;  // `before` when this block's addition makes up kEpoch
-  uint32_t next_turn;
+  uint32_t next_baton;
 };
 
 // Once a block, after read_start<kShared>(). Needs all threads. `packs` is how many of its bank the launch will leave
@@ -68,9 +68,9 @@ __device__ __forceinline__ Entry enter(const GroupView& group, const Start& star
   const uint32_t others = gridDim.x - 1, all = static_cast<uint32_t>(kEpoch);
   const uint32_t addition = ptx::in_register(blockIdx.x == 0 ? all - others : 1);
   const unsigned long long before = atomicAdd(&own->started, addition);
-  const uint32_t next_turn = ptx::in_register(Turn::unpacked(start.turn).next(packs).packed());
+  const uint32_t next_baton = ptx::in_register(Baton::unpacked(start.baton).next(packs).packed());
   const uint32_t most = ptx::in_register(blockIdx.x == 0 ? others : all - 1);
-  return {own, static_cast<uint32_t>(before - start.epoch() * kEpoch), most, all - addition, next_turn};
+  return {own, static_cast<uint32_t>(before - start.epoch() * kEpoch), most, all - addition, next_baton};
 }
 
 // Marks the group as failed: here, at every peer, and in the host's memory.
@@ -108,7 +108,7 @@ __device__ __forceinline__ void fail_group(const GroupView& group, int world, Tr
 // seen; it may then wait in vain, until its deadline.
 __device__ __forceinline__ bool leave(const Entry& entry) {
   if (threadIdx.x != 0) return true;
-  if (entry.before == entry.remainder) entry.own->turn = entry.next_turn;
+  if (entry.before == entry.remainder) entry.own->baton = entry.next_baton;
   return entry.before <= entry.most;
 }
 

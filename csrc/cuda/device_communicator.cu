@@ -1,0 +1,31 @@
+#include "cuda/device_communicator.h"
+
+namespace sgl_comm::cuda {
+
+DeviceCommunicator::DeviceCommunicator(int rank, int world, int device, Thresholds thresholds, double timeout_seconds,
+                                       uint64_t first_epoch)
+    : group_(rank, world, device, timeout_seconds, first_epoch), thresholds_(thresholds) {}
+
+CommunicatorHandle DeviceCommunicator::publish(const Residency& limits, int64_t workspace_bytes, int fill) {
+  CommunicatorHandle handle{};
+  handle.residency = limits_ = limits;
+  handle.thresholds = thresholds_;
+  order_.prepare();
+  handle.group = group_.publish(workspace_bytes, fill);
+  return handle;
+}
+
+std::string DeviceCommunicator::attach(const std::vector<CommunicatorHandle>& handles) {
+  std::vector<DeviceHandle> groups;
+  for (const CommunicatorHandle& handle : handles) {
+    if (handle.failure[0] != 0) return "rank " + std::to_string(groups.size()) + ": " + handle.failure;
+    if (!(handle.thresholds == thresholds_)) return "the ranks were given different thresholds (SGL_COMM_INVARIANT?)";
+    groups.push_back(handle.group);
+  }
+  const std::string reason = group_.attach(groups);
+  for (const CommunicatorHandle& handle : handles) limits_.lower_to(handle.residency);
+  limits_.share(group_.most_on_a_device());
+  return reason;
+}
+
+}  // namespace sgl_comm::cuda

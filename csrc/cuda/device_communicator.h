@@ -1,0 +1,56 @@
+// What the communicators of both protocols are made of: a group's memory, the limits that its ranks have agreed on, and
+// the order of its calls.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/device_group.h"
+#include "cuda/residency.h"
+#include "cuda/stream_order.h"
+#include "policy.h"
+
+namespace sgl_comm::cuda {
+
+// What a rank tells the others at init, as bytes over their own group.
+struct CommunicatorHandle {
+  DeviceHandle group;
+  Residency residency;
+  Thresholds thresholds;
+  char failure[160];  // why this rank could not make its part; empty if it could
+};
+
+class DeviceCommunicator {
+ public:
+  int rank() const { return group_.rank(); }
+  int world() const { return group_.world(); }
+  int device() const { return group_.device(); }
+  bool failed() const { return group_.failed(); }
+  std::string fault() const { return group_.fault(); }
+
+  const Thresholds& thresholds() const { return thresholds_; }
+  const Residency& limits() const { return limits_; }
+  StreamOrder& order() { return order_; }
+
+  // Set-up goes publish(), of the protocol; attach(), when the handles have gone round the group; settle().
+  void settle() { group_.settle(); }
+
+ protected:
+  DeviceCommunicator(int rank, int world, int device, Thresholds thresholds, double timeout_seconds,
+                     uint64_t first_epoch);
+
+  // For a protocol whose kernels have these limits and whose workspace has so many bytes, each `fill`.
+  CommunicatorHandle publish(const Residency& limits, int64_t workspace_bytes, int fill);
+  std::string attach(const std::vector<CommunicatorHandle>& handles);  // empty, or why this rank cannot
+
+  const DeviceGroup& group() const { return group_; }
+
+ private:
+  DeviceGroup group_;
+  const Thresholds thresholds_;
+  Residency limits_;
+  StreamOrder order_;
+};
+
+}  // namespace sgl_comm::cuda

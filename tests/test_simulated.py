@@ -17,9 +17,8 @@ from sgl_comm.testing import SimulatedRank, assert_bits_equal, capture_simulated
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SLOT_BYTES = 1 << 19
-COUNTS = (1, 7, 8, 1000, 1040, 65536, (1 << 20) + 3)
-"""In elements; the last ones go through a ring."""
+SIZES = {"small": (1 << 16, (1, 7, 8, 1000, 1040, 40_000)), "large": (1 << 19, (65536, (1 << 20) + 3))}
+"""max_size, and counts of elements; the last go through a ring."""
 ALGORITHMS = ("one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
 
 Call = Callable[[torch.Tensor, str], torch.Tensor]
@@ -58,9 +57,11 @@ def call_all(ranks: Sequence[SimulatedRank], inputs: Sequence[torch.Tensor], cal
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_algorithm_gives_the_bits_of_the_oracle(world: int, dtype: torch.dtype) -> None:
-    with make_simulated(world, max_size=SLOT_BYTES) as ranks:
-        for count in COUNTS:
+@pytest.mark.parametrize("size", SIZES)
+def test_every_algorithm_gives_the_bits_of_the_oracle(size: str, dtype: torch.dtype, world: int) -> None:
+    max_size, counts = SIZES[size]
+    with make_simulated(world, max_size=max_size) as ranks:
+        for count in counts:
             inputs = inputs_of(world, count, dtype)
             expected = reference.all_reduce(inputs)
             for name, call in SUMS.items():
@@ -71,11 +72,13 @@ def test_every_algorithm_gives_the_bits_of_the_oracle(world: int, dtype: torch.d
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_halves_give_the_bits_of_the_oracle(world: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_the_halves_give_the_bits_of_the_oracle(size: str, dtype: torch.dtype, world: int) -> None:
     """Reduce-scatter of ``count`` elements a rank; all-gather of ``count`` words, many of them the sentinel."""
     words = torch.int32 if dtype.itemsize == 4 else torch.int16
-    with make_simulated(world, max_size=SLOT_BYTES) as ranks:
-        for count in COUNTS:
+    max_size, counts = SIZES[size]
+    with make_simulated(world, max_size=max_size) as ranks:
+        for count in counts:
             inputs = inputs_of(world, world * count, dtype)
             for rank, output in enumerate(call_all(ranks, inputs, ops.reduce_scatter)):
                 expected = reference.all_reduce([x[rank * count : (rank + 1) * count] for x in inputs])
@@ -91,7 +94,7 @@ def test_the_halves_give_the_bits_of_the_oracle(world: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("one_shot_bytes", [16, 1 << 30])
 def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
-    with make_simulated(4, max_size=SLOT_BYTES, one_shot_bytes=one_shot_bytes) as ranks:
+    with make_simulated(4, max_size=1 << 19, one_shot_bytes=one_shot_bytes) as ranks:
         plain, ring = ("one_shot", "one_shot_ring") if one_shot_bytes > 1 << 20 else ("two_shot", "two_shot_ring")
         assert ops._v2_algorithm(ranks[0].group_name, 4096) == plain
         assert ops._v2_algorithm(ranks[0].group_name, 64 << 20) == ring

@@ -120,7 +120,7 @@ def results_of_cases(ctx: RankContext, cross: str) -> tuple[list[str], list[int]
 
 
 @pytest.mark.parametrize("cross", ["full cross", "other sizes"])
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, *WORLDS)))
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, *WORLDS)), *ranks_on("cuda", WORLDS)])
 def test_the_bits_are_those_of_an_all_reduce_and_a_norm(ranks: Ranks, cross: str) -> None:
     wrong, sums = zip(*ranks.run(results_of_cases, cross, deadline=200), strict=True)
     assert all(each == [] for each in wrong), wrong
@@ -128,7 +128,7 @@ def test_the_bits_are_those_of_an_all_reduce_and_a_norm(ranks: Ranks, cross: str
     assert all(each == sums[0] for each in sums)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (2, 8)))
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (2, 8)), *ranks_on("cuda", (2, 8))])
 def test_many_tokens(ranks: Ranks) -> None:
     wrong, sums = zip(*ranks.run(results_of_cases, "many tokens", deadline=200), strict=True)
     assert all(each == [] for each in wrong), wrong

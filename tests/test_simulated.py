@@ -92,6 +92,33 @@ def test_the_halves_give_the_bits_of_the_oracle(size: str, dtype: torch.dtype, w
         assert [rank.fault() for rank in ranks] == [""] * world
 
 
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("one_shot_bytes", [16, 1 << 30], ids=["two_shot", "one_shot"])
+def test_the_norm_has_the_bits_of_the_oracle(one_shot_bytes: int, dtype: torch.dtype, world: int) -> None:
+    with make_simulated(world, max_size=1 << 18, one_shot_bytes=one_shot_bytes) as ranks:
+        for tokens, hidden, norm in (
+            (1, 64, "rms"),
+            (3, 4096, "layer"),
+            (7, 8192, "rms"),
+            (2, 16384, "rms"),
+            (5, 577, "layer"),
+        ):
+            states = [x.view(tokens, hidden) for x in inputs_of(world, tokens * hidden, dtype)]
+            residual, weight = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden)
+            args = (residual, weight, None, 1e-6, norm)
+            expected = reference.tp_attn_all_reduce_and_layernorm([x.cpu() for x in states], *args)
+            on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+
+            def call(x: torch.Tensor, group_name: str, args: list = on_gpu) -> torch.Tensor:
+                return torch.stack(ops.tp_attn_all_reduce_and_layernorm(x, *args, group_name=group_name))
+
+            for output in call_all(ranks, states, call):
+                for got, want in zip(output.cpu(), expected, strict=True):
+                    assert_bits_equal(got, want, f"{tokens} x {hidden}, {norm}")
+        assert [rank.fault() for rank in ranks] == [""] * world
+
+
 @pytest.mark.parametrize("one_shot_bytes", [16, 1 << 30])
 def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
     with make_simulated(4, max_size=1 << 19, one_shot_bytes=one_shot_bytes) as ranks:

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cuda/all_reduce.h"
 #include "cuda/all_reduce_pull.h"
 #include "cuda/all_reduce_push.h"
 #include "cuda/groups.h"
@@ -55,14 +56,17 @@ Kernels kernels_for(const char* op, const GroupV2& group, const Tensor& input, c
   return kernels;
 }
 
-Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
-  const auto group = check("all_reduce", input, group_name, reduce_op);
-  if (group->world == 1) return fresh_row_major("all_reduce", input);
-  const Kernels kernels = kernels_for("all_reduce", group, input, reduce_op);
-  if (!kernels) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
-  Tensor out = empty_row_major("all_reduce", input);
-  kernels.sum("all_reduce", row_major(input), out);
+Tensor reduced(const char* op, const GroupV2& group, const Tensor& input, const std::string& reduce_op) {
+  if (group->world == 1) return fresh_row_major(op, input);
+  const Kernels kernels = kernels_for(op, group, input, reduce_op);
+  if (!kernels) return fallback::all_reduce(op, input, group->name, reduce_op);
+  Tensor out = empty_row_major(op, input);
+  kernels.sum(op, row_major(input), out);
   return out;
+}
+
+Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
+  return reduced("all_reduce", check("all_reduce", input, group_name, reduce_op), input, reduce_op);
 }
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
@@ -115,6 +119,10 @@ Tensor custom_all_reduce_v1(const Tensor& input, const Text& group_name) {
 }
 
 }  // namespace
+
+Tensor sum_over_ranks(const char* op, const GroupsV2::GroupPtr& group, const Tensor& input) {
+  return reduced(op, group, input, "sum");
+}
 
 }  // namespace sgl_comm::cuda
 

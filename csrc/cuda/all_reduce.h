@@ -1,12 +1,13 @@
-// What the set-up of a group needs to know of the all-reduce kernels.
+// The sum over ranks between GPUs, for the ops that begin with it.
 #pragma once
 
-#include "cuda/communicator_v2.h"
+#include "cuda/groups.h"
+#include "tensor.h"
 
 namespace sgl_comm::cuda {
 
-// Loads every kernel of this world on the current device, and counts how many blocks of the greediest of each kind fit
-// on it at once.
-Residency load_all_reduce_kernels(int world);
+// A fresh row-major tensor: the sum of every rank's row-major `input`, by the kernels where they serve the group, dtype
+// and size, else by the group's own backend.
+Tensor sum_over_ranks(const char* op, const GroupsV2::GroupPtr& group, const Tensor& input);
 
 }  // namespace sgl_comm::cuda

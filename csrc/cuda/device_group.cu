@@ -17,7 +17,8 @@ constexpr std::chrono::milliseconds kPatienceAtClose{1000};
 bool same_device(const cudaUUID_t& a, const cudaUUID_t& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 const char* name_of(device::Op op) {
-  constexpr const char* kNames[] = {"all_reduce", "reduce_scatter", "all_gather", "custom_all_reduce_v1"};
+  constexpr const char* kNames[] = {"all_reduce", "reduce_scatter", "all_gather", "custom_all_reduce_v1",
+                                    "tp_attn_all_reduce_and_layernorm"};
   return kNames[op];
 }
 

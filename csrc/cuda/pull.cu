@@ -19,6 +19,7 @@ PullKernel pull_kernel(DType dtype, int world, bool whole, bool one_shot) {
 
 Residency load_pull_kernels(int world) {
   Residency residency;
+  load_norm_kernels();
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const bool whole : {true, false}) {
       for (const bool one_shot : {true, false}) {

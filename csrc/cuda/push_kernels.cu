@@ -16,6 +16,15 @@ Residency load_push_kernels(int world) {
       }
     }
   }
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const bool two_shot : {true, false}) {
+      for (const int groups : {1, kMostGroups}) {
+        const auto kernel = reinterpret_cast<const void*>(all_reduce_layernorm_kernel(dtype, world, two_shot, groups));
+        for (const unsigned cluster : {1, 2, 4, 8}) residency.add(rows_by(cluster), kernel, cluster);
+      }
+    }
+  }
+  load_norm_kernels();
   for (const Unit unit : {Unit::kPacks, Unit::kBytePairs, Unit::kBytes}) {
     for (const bool ring : {true, false}) add(ring ? Kind::kRing : Kind::kGather, gather_kernel(unit, world, ring));
   }

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/device/message.cuh"
+#include "cuda/device/all_reduce_layernorm.cuh"
 #include "cuda/residency.h"
 #include "dispatch.h"
 
@@ -24,6 +24,14 @@ PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel gather_kernel(Unit unit, int world, bool ring);
 
+// groups: how many groups of a row a thread has at most, 1 or kMostGroups.
+using LayerNormKernel = void (*)(device::LayerNormMessage);
+constexpr int kMostGroups = 2;
+LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, bool two_shot, int groups);
+// whole: every array is 16-byte aligned, and a row a whole number of packs of each.
+using NormKernel = void (*)(device::NormMessage);
+NormKernel norm_kernel(DType dtype, bool whole);
+
 // Whether a launch leaves what it has read for the next one to empty: faster for what is small, which waits; large
 // messages do better with fewer places in use (benchmarks/bench_all_reduce.py).
 constexpr int64_t kMostBytesToDefer = 32 << 10;
@@ -36,6 +44,9 @@ inline unsigned one_shot_threads(int world, int64_t packs) {
   return world == 2 ? (large ? 256 : packs <= 64 ? 64 : 128) : (large ? 128 : 64);
 }
 inline unsigned two_shot_threads(int64_t packs) { return packs <= 16 << 10 ? 64 : device::kTwoShotThreads; }
+
+// Loads the norm kernels, which wait for nobody.
+void load_norm_kernels();
 
 // Loads every kernel of this world on the current device, and counts how many blocks of each kind fit on it at once.
 Residency load_push_kernels(int world);

@@ -89,7 +89,7 @@ struct Float16 {
 };
 
 template <typename T>
-__device__ __forceinline__ void add(float (&total)[T::kLanes], uint4 pack) {
+__device__ __forceinline__ void accumulate(float (&total)[T::kLanes], uint4 pack) {
   float lanes[T::kLanes];
   T::unpack(pack, lanes);
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld]) {
   float total[T::kLanes];
   T::unpack(packs[0], total);
 #pragma unroll
-  for (int r = 1; r < kWorld; ++r) add<T>(total, packs[r]);
+  for (int r = 1; r < kWorld; ++r) accumulate<T>(total, packs[r]);
   return T::pack(total);
 }
 
@@ -112,16 +112,16 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], ui
   float total[T::kLanes];
   if constexpr (kOthers == 1) {  // either order gives the same
     T::unpack(own, total);
-    add<T>(total, others[0]);
+    accumulate<T>(total, others[0]);
   } else {
 #pragma unroll
     for (int i = 0; i < T::kLanes; ++i) total[i] = -0.0f;  // whatever is added to it is left as it is
 #pragma unroll
     for (int r = 0; r < kOthers; ++r) {
-      if (r == rank) add<T>(total, own);
-      add<T>(total, others[r]);
+      if (r == rank) accumulate<T>(total, own);
+      accumulate<T>(total, others[r]);
     }
-    if (rank == kOthers) add<T>(total, own);
+    if (rank == kOthers) accumulate<T>(total, own);
   }
   return T::pack(total);
 }

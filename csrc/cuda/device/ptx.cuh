@@ -86,6 +86,45 @@ __device__ __forceinline__ void launch_next_kernel() {
 #endif
 }
 
+// Clusters of blocks: how many blocks are in this one's, and which of them this is; a barrier of all their threads, in
+// two halves; and a store into the shared memory of block `block`, where `p` is in one's own.
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void store_shared(float* p, uint32_t block, float value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(block), "f"(value)
+      : "memory");
+#endif
+}
+
 // The value, in a register from here on: what comes from a kernel's parameters or from where a thread stands is
 // otherwise made anew wherever it is used. Pointers are of global memory.
 __device__ __forceinline__ uint32_t in_register(uint32_t value) {

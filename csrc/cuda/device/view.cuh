@@ -67,7 +67,7 @@ struct AbortCode {
 };
 
 // What a launch is, for the words of an error.
-enum Op : uint32_t { kAllReduce, kReduceScatter, kAllGather, kCustomAllReduceV1 };
+enum Op : uint32_t { kAllReduce, kReduceScatter, kAllGather, kCustomAllReduceV1, kAllReduceLayerNorm };
 
 // In host memory, written by the GPU once: what this rank's host reads of a failure.
 struct Fault {

@@ -1,0 +1,125 @@
+// tp_attn_all_reduce_and_layernorm between GPUs: in one launch where the push kernels serve the message at once, else
+// the all-reduce and then the norm. Which of the two depends on what all ranks share alone.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "all_reduce_layernorm.h"
+#include "cuda/all_reduce.h"
+#include "cuda/groups.h"
+#include "cuda/launch.h"
+#include "cuda/push_kernels.h"
+#include "policy.h"
+#include "text.h"
+
+namespace sgl_comm::cuda {
+
+namespace {
+
+constexpr const char* kOp = kAllReduceLayerNorm;
+
+// The tensor itself where it is 16-byte aligned, else an aligned copy.
+Tensor aligned_or_copy(const Tensor& tensor) {
+  return aligned(tensor.const_data_ptr(), device::kPackBytes) ? tensor : fresh_row_major(kOp, tensor);
+}
+
+device::Weights weights_of(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return {nullptr, false};
+  return {tensor->const_data_ptr(), dtype_of(tensor->scalar_type()) == DType::kFloat32};
+}
+
+// How many blocks share a row: many where there are few rows, as long as a block has 128 threads.
+Shape shape_for(const Residency& limits, int64_t rows, int slots) {
+  unsigned cluster = slots > device::kMaxThreads ? 2 : 1;
+  const unsigned most = rows <= 8 ? 8 : rows <= 32 ? 4 : cluster;
+  while (cluster < most && slots / (2 * cluster) >= 128 && slots % (2 * cluster * kTree) == 0) cluster *= 2;
+  const unsigned threads = slots / cluster;
+  const int64_t limit = std::max<int64_t>(1, limits.most_blocks(rows_by(cluster), threads) / cluster);
+  const int64_t rounds = (rows + limit - 1) / limit;
+  return {static_cast<unsigned>((rows + rounds - 1) / rounds) * cluster, threads, cluster};
+}
+
+// The algorithm of a fused launch, or a ring, for which there is none.
+Algorithm algorithm_for(const CommunicatorV2& comm, const LayerNormCall& call) {
+  const int64_t bytes = call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
+  const bool clusters = comm.limits().dependent_launch;
+  const int most_slots = clusters ? kMostSlots : device::kMaxThreads;
+  const bool fits_threads =
+      row_slots(call.hidden) <= most_slots && row_groups(call.hidden) <= int64_t{kMostGroups} * row_slots(call.hidden);
+  if (call.hidden % kGroup != 0 || !fits_threads || bytes > comm.thresholds().fallback_bytes) {
+    return Algorithm::kOneShotRing;
+  }
+  return choose(kOp, "auto", bytes, comm.world(), comm.bank_bytes(), comm.thresholds());
+}
+
+void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm, Tensor& normed, Tensor& new_residual) {
+  check_usable(kOp, comm, call.hidden_states);
+  const Tensor in = aligned_or_copy(call.hidden_states), residual = aligned_or_copy(call.residual);
+  const Tensor weight = aligned_or_copy(call.weight);
+  const std::optional<Tensor> bias = call.bias.has_value() ? std::optional(aligned_or_copy(*call.bias)) : std::nullopt;
+  const bool two_shot = algorithm == Algorithm::kTwoShot;
+  const int64_t bytes = call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
+  const int slots = row_slots(call.hidden);
+  const device::LayerNormMessage message{comm.view(),
+                                         in.const_data_ptr(),
+                                         residual.const_data_ptr(),
+                                         weights_of(weight),
+                                         weights_of(bias),
+                                         normed.mutable_data_ptr(),
+                                         new_residual.mutable_data_ptr(),
+                                         static_cast<int>(call.rows),
+                                         static_cast<int>(call.hidden),
+                                         static_cast<int>(shard_packs_of(bytes, comm.world())),
+                                         call.norm,
+                                         push_defers(bytes)};
+  const int groups = row_groups(call.hidden) > slots ? kMostGroups : 1;
+  launch_in_order(kOp, comm, all_reduce_layernorm_kernel(call.dtype, comm.world(), two_shot, groups),
+                  shape_for(comm.limits(), call.rows, slots), message);
+}
+
+void normalise(const LayerNormCall& call, const Tensor& sums, Tensor& normed, Tensor& new_residual) {
+  const device::NormMessage message{sums.const_data_ptr(),
+                                    call.residual.const_data_ptr(),
+                                    weights_of(call.weight),
+                                    weights_of(call.bias),
+                                    normed.mutable_data_ptr(),
+                                    new_residual.mutable_data_ptr(),
+                                    call.hidden,
+                                    call.norm};
+  bool whole = call.hidden % kGroup == 0;
+  for (const void* p : {message.sums, message.residual, message.weight.data, message.bias.data}) {
+    whole = whole && aligned(p, device::kPackBytes);
+  }
+  const int device = normed.get_device_index();
+  const DeviceScope scope(device);
+  launch(kOp, norm_kernel(call.dtype, whole),
+         Shape{static_cast<unsigned>(call.rows), static_cast<unsigned>(row_slots(call.hidden))}, current_stream(device),
+         false, message);
+}
+
+std::tuple<Tensor, Tensor> all_reduce_layernorm(const Tensor& hidden_states, const Tensor& residual,
+                                                const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+                                                const Text& norm, double weight_offset, const Text& group_name) {
+  const LayerNormCall call = check_layernorm(hidden_states, residual, weight, bias, eps, norm, weight_offset);
+  const auto group = groups_v2().find(kOp, group_name);
+  Tensor new_residual = empty_row_major(kOp, hidden_states);
+  if (group->world > 1 && group->communicator != nullptr && call.rows > 0) {
+    const Algorithm algorithm = algorithm_for(*group->communicator, call);
+    if (algorithm == Algorithm::kOneShot || algorithm == Algorithm::kTwoShot) {
+      Tensor normed = empty_row_major(kOp, hidden_states);
+      fused(*group->communicator, call, algorithm, normed, new_residual);
+      return {normed, new_residual};
+    }
+  }
+  Tensor normed = sum_over_ranks(kOp, group, call.hidden_states);
+  if (call.rows > 0) normalise(call, normed, normed, new_residual);
+  return {normed, new_residual};
+}
+
+}  // namespace
+
+}  // namespace sgl_comm::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CUDA, m) {
+  m.impl("tp_attn_all_reduce_and_layernorm", TORCH_BOX(&sgl_comm::cuda::all_reduce_layernorm));
+}

@@ -1,0 +1,206 @@
+// RMSNorm and LayerNorm of rows: norm.h's arithmetic, a slot a thread. The threads of a block, or of a cluster of
+// blocks, have one row at a time.
+#pragma once
+
+#include "cuda/device/pack.cuh"
+#include "norm.h"
+
+namespace sgl_comm::device {
+
+template <typename T>
+constexpr int kGroupPacks = kGroup / T::kLanes;
+
+// A group of a row-major row of `hidden` elements, as fp32; zeros beyond its end. kWhole as in pack.cuh.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void load_group(const void* row, int64_t hidden, int64_t group, float (&v)[kGroup]) {
+#pragma unroll
+  for (int q = 0; q < kGroupPacks<T>; ++q) {
+    float lanes[T::kLanes];
+    T::unpack(load_pack<T, kWhole>(row, hidden, group * kGroupPacks<T> + q), lanes);
+#pragma unroll
+    for (int i = 0; i < T::kLanes; ++i) v[q * T::kLanes + i] = lanes[i];
+  }
+}
+
+template <typename T, bool kWhole>
+__device__ __forceinline__ void store_group(void* row, int64_t hidden, int64_t group, const float (&v)[kGroup]) {
+#pragma unroll
+  for (int q = 0; q < kGroupPacks<T>; ++q) {
+    float lanes[T::kLanes];
+#pragma unroll
+    for (int i = 0; i < T::kLanes; ++i) lanes[i] = v[q * T::kLanes + i];
+    store_pack<T, kWhole>(row, hidden, group * kGroupPacks<T> + q, T::pack(lanes));
+  }
+}
+
+// `hidden` weights or biases, of the rows' dtype or of fp32; null is none.
+struct Weights {
+  const void* data;
+  bool wide;
+};
+template <typename T, bool kWhole>
+__device__ __forceinline__ void load_weights(const Weights& weights, int64_t hidden, int64_t group,
+                                             float (&v)[kGroup]) {
+  if (weights.wide) {
+    load_group<Float32, kWhole>(weights.data, hidden, group, v);
+  } else {
+    load_group<T, kWhole>(weights.data, hidden, group, v);
+  }
+}
+
+// Rounds to the dtype and back.
+template <typename T>
+__device__ __forceinline__ void round_to(float (&v)[kGroup]) {
+#pragma unroll
+  for (int q = 0; q < kGroupPacks<T>; ++q) {
+    float lanes[T::kLanes];
+#pragma unroll
+    for (int i = 0; i < T::kLanes; ++i) lanes[i] = v[q * T::kLanes + i];
+    T::unpack(T::pack(lanes), lanes);
+#pragma unroll
+    for (int i = 0; i < T::kLanes; ++i) v[q * T::kLanes + i] = lanes[i];
+  }
+}
+
+// The new residual: sum + residual, rounded.
+template <typename T>
+__device__ __forceinline__ void add_residual(float (&v)[kGroup], const float (&residual)[kGroup]) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) v[i] = add(v[i], residual[i]);
+  round_to<T>(v);
+}
+
+// How many of a group's elements lie within the row.
+__device__ __forceinline__ int present(int64_t hidden, int64_t group) {
+  const int64_t left = hidden - group * kGroup;
+  return left < kGroup ? static_cast<int>(left) : kGroup;
+}
+
+__device__ __forceinline__ void subtract_mean(float (&v)[kGroup], float mean, int count) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) v[i] = i < count ? add(v[i], -mean) : 0.0f;
+}
+
+__device__ __forceinline__ float sum_of_squares(const float (&v)[kGroup]) {
+  float squares[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) squares[i] = mul(v[i], v[i]);
+  return sum_of_group(squares);
+}
+
+__device__ __forceinline__ void scale(float (&v)[kGroup], float factor, const float (&weight)[kGroup], float offset) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) v[i] = normalised(v[i], factor, add(weight[i], offset));
+}
+
+// Sums over the slots of a row. Needs all threads of the cluster, as do its calls, one after the other; `trees` is
+// shared memory of the block, for it alone.
+class RowSum {
+ public:
+  __device__ __forceinline__ explicit RowSum(float (*trees)[kTree])
+      : trees_(trees), blocks_(ptx::cluster_size()), block_(ptx::cluster_rank()) {
+    if (blocks_ > 1) ptx::cluster_arrive();
+  }
+
+  __device__ __forceinline__ uint32_t slot() const { return block_ * blockDim.x + threadIdx.x; }
+  __device__ __forceinline__ uint32_t num_slots() const { return blocks_ * blockDim.x; }
+  // Before the first of(): no block writes into another that has not begun.
+  __device__ __forceinline__ void begin() const {
+    if (blocks_ > 1) ptx::cluster_wait();
+  }
+
+  __device__ __forceinline__ float of(float slot_total) {
+    float total = of_warp(slot_total);
+    const uint32_t num_trees = num_slots() / kTree, lane = threadIdx.x % kTree;
+    if (num_trees == 1) return total;
+    float* const trees = trees_[turn_];
+    turn_ ^= 1;  // a warp may still read the other
+    if (blocks_ == 1) {
+      if (lane == 0) trees[slot() / kTree] = total;
+      __syncthreads();
+    } else {
+      if (lane < blocks_) ptx::store_shared(trees + slot() / kTree, lane, total);
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
+    return of_warp(lane < num_trees ? trees[lane] : 0.0f);
+  }
+
+ private:
+  static __device__ __forceinline__ float of_warp(float v) {
+#pragma unroll
+    for (int half = kTree / 2; half > 0; half /= 2) v = add(v, __shfl_xor_sync(0xffffffffu, v, half));
+    return v;
+  }
+
+  float (*trees_)[kTree];
+  const uint32_t blocks_, block_;
+  uint32_t turn_ = 0;
+};
+
+// Rows one after the other, each a block's: new_residual = sums + residual, normed = its norm. Any length of a row; a
+// block has row_slots(hidden) threads. Each thread reads back only what it has itself written.
+struct NormMessage {
+  const void* sums;
+  const void* residual;
+  Weights weight, bias;
+  void* normed;  // may be `sums`
+  void* new_residual;
+  int64_t hidden;
+  Norm norm;
+};
+
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant__ NormMessage m) {
+  __shared__ float trees[2][kTree];
+  const int64_t hidden = m.hidden, groups = row_groups(hidden);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * hidden;
+  const auto row = [&](const void* array) { return static_cast<const typename T::Bits*>(array) + first; };
+  const auto row_of = [&](void* array) { return static_cast<typename T::Bits*>(array) + first; };
+  RowSum sum(trees);
+  float v[kGroup], other[kGroup];
+  float total = 0.0f;
+  // The total of what each group adds, in their order.
+  const auto each_group = [&](auto&& value) {
+    for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
+      const float one = value(g);
+      total = g < blockDim.x ? one : add(total, one);
+    }
+    const float all = sum.of(total);
+    total = 0.0f;
+    return all;
+  };
+  ptx::wait_for_previous_kernel();
+  ptx::launch_next_kernel();
+  sum.begin();
+  const float first_sum = each_group([&](int64_t g) {
+    load_group<T, kWhole>(row(m.sums), hidden, g, v);
+    load_group<T, kWhole>(row(m.residual), hidden, g, other);
+    add_residual<T>(v, other);
+    store_group<T, kWhole>(row_of(m.new_residual), hidden, g, v);
+    return m.norm.layer ? sum_of_group(v) : sum_of_squares(v);
+  });
+  const float mean = m.norm.layer ? divide(first_sum, static_cast<float>(hidden)) : 0.0f;
+  const auto reload = [&](int64_t g) {
+    load_group<T, kWhole>(row(m.new_residual), hidden, g, v);
+    if (m.norm.layer) subtract_mean(v, mean, present(hidden, g));
+  };
+  const float squares = !m.norm.layer ? first_sum : each_group([&](int64_t g) {
+    reload(g);
+    return sum_of_squares(v);
+  });
+  const float factor = norm_factor(squares, hidden, m.norm.eps);
+  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
+    reload(g);
+    load_weights<T, kWhole>(m.weight, hidden, g, other);
+    scale(v, factor, other, m.norm.weight_offset);
+    if (m.bias.data != nullptr) {
+      load_weights<T, kWhole>(m.bias, hidden, g, other);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) v[i] = add(v[i], other[i]);
+    }
+    store_group<T, kWhole>(row_of(m.normed), hidden, g, v);
+  }
+}
+
+}  // namespace sgl_comm::device

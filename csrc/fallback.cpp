@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <tuple>
 
+#include "all_reduce_layernorm.h"
 #include "cpu/groups.h"
 #include "inference_only.h"
 #include "text.h"
@@ -47,6 +49,14 @@ Tensor refuse_custom_all_reduce_v2(const Tensor& input, const Text&, const Text&
   refuse("custom_all_reduce_v2", input);
 }
 
+std::tuple<Tensor, Tensor> refuse_all_reduce_layernorm(const Tensor& hidden_states, const Tensor& residual,
+                                                       const Tensor& weight, const std::optional<Tensor>& bias,
+                                                       double eps, const Text& norm, double weight_offset,
+                                                       const Text&) {
+  check_layernorm(hidden_states, residual, weight, bias, eps, norm, weight_offset);
+  fail("sgl_comm::", kAllReduceLayerNorm, ": got ", describe(hidden_states), "; expected tensors on the CPU");
+}
+
 }  // namespace
 
 }  // namespace sgl_comm::fallback
@@ -55,6 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::fallback::all_reduce_any_device));
   m.impl("reduce_scatter", TORCH_BOX(&sgl_comm::fallback::reduce_scatter_any_device));
   m.impl("all_gather", TORCH_BOX(&sgl_comm::fallback::all_gather_any_device));
+  m.impl("tp_attn_all_reduce_and_layernorm", TORCH_BOX(&sgl_comm::fallback::refuse_all_reduce_layernorm));
   m.impl("custom_all_reduce_v1", TORCH_BOX(&sgl_comm::fallback::refuse_custom_all_reduce_v1));
   m.impl("custom_all_reduce_v2", TORCH_BOX(&sgl_comm::fallback::refuse_custom_all_reduce_v2));
 }

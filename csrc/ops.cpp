@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("reduce_scatter(Tensor input, str group_name) -> Tensor");
   // Every rank's input along dim 0, in rank order, bit for bit, for every dtype. Fresh and row-major.
   m.def("all_gather(Tensor input, str group_name) -> Tensor");
+  // The sum over ranks, plus the residual, then its RMSNorm or LayerNorm along the last dimension: (normed, new
+  // residual), both fresh and row-major.
+  m.def(
+      "tp_attn_all_reduce_and_layernorm(Tensor hidden_states, Tensor residual, Tensor weight, Tensor? bias, float eps,"
+      " str norm=\"rms\", float weight_offset=0.0, *, str group_name) -> (Tensor, Tensor)");
 
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.

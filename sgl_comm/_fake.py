@@ -19,7 +19,14 @@ from sgl_comm import _inductor
 _ops = torch.ops.sgl_comm
 _EFFECTFUL = tuple(
     getattr(_ops, name).default
-    for name in ("all_reduce", "custom_all_reduce_v1", "custom_all_reduce_v2", "reduce_scatter", "all_gather")
+    for name in (
+        "all_reduce",
+        "custom_all_reduce_v1",
+        "custom_all_reduce_v2",
+        "reduce_scatter",
+        "all_gather",
+        "tp_attn_all_reduce_and_layernorm",
+    )
 )
 
 world_sizes: dict[str, int] = {}
@@ -84,6 +91,25 @@ def _reduce_scatter(input: Tensor, group_name: str) -> Tensor:
 def _all_gather(input: Tensor, group_name: str) -> Tensor:
     world = _check_rows("all_gather", input, group_name)
     return _result_of("all_gather", input, (input.size(0) * world, *input.shape[1:]))
+
+
+@register_fake("sgl_comm::tp_attn_all_reduce_and_layernorm")
+def _tp_attn_all_reduce_and_layernorm(
+    hidden_states: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str = "rms",
+    weight_offset: float = 0.0,
+    *,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    op = "tp_attn_all_reduce_and_layernorm"
+    for tensor in (residual, weight, bias):
+        if tensor is not None:
+            _refuse_grad(op, tensor)
+    return _result_of(op, hidden_states, hidden_states.shape), hidden_states.new_empty(hidden_states.shape)
 
 
 @impl("sgl_comm::all_reduce_", "CompositeImplicitAutograd")

@@ -146,3 +146,50 @@ def all_gather(input: Tensor, group_name: str) -> Tensor:
         return _ops.all_gather(input, group_name)
     with own_errors():
         return _ops.all_gather(input, group_name)
+
+
+def tp_attn_all_reduce_and_layernorm(
+    hidden_states: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str = "rms",
+    weight_offset: float = 0.0,
+    *,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """What stands between two halves of a decoder layer: the sum over ranks, the residual, and the norm.
+
+    With h the sum of every rank's ``hidden_states`` as ``all_reduce`` gives it, the new residual is h + ``residual``,
+    rounded once, and the first result its norm along the last dimension: statistics and values in fp32 from the new
+    residual, rounded once at the end. The sum along a row is a tree that depends on its length alone (csrc/norm.h), so
+    that a token's bits are the same alone and in any batch, and on CPU and CUDA.
+
+    RMSNorm (Zhang and Sennrich, 2019): ``r / sqrt(mean(r^2) + eps) * (weight + weight_offset)``. LayerNorm (Ba, Kiros
+    and Hinton, 2016): ``(r - mean(r)) / sqrt(mean((r - mean(r))^2) + eps) * (weight + weight_offset) + bias``.
+
+    Args:
+        hidden_states: ``[..., hidden]``, float32, bfloat16 or float16, any strides; this rank's part of the sum. May
+            have no elements, on all ranks.
+        residual: of the same shape, dtype and device; the same on all ranks.
+        weight: ``[hidden]``, of float32 or of ``hidden_states``' dtype.
+        bias: the same, or None; None with ``norm="rms"``.
+        eps: added to the mean of squares; at least 0.
+        norm: "rms" or "layer".
+        weight_offset: added to each weight in fp32, as for models that store ``weight - 1``.
+        group_name: the name of a group given to ``sgl_comm.init``.
+
+    Returns:
+        The normalised tensor and the new residual, both new and row-major, of ``hidden_states``' shape, dtype and
+        device.
+
+    Raises:
+        SglCommError: arguments that do not go together, unknown or closed group, an input that requires grad, or a peer
+            that died or did not come in time.
+    """
+    args = (hidden_states, residual, weight, bias, eps, norm, weight_offset)
+    if torch.compiler.is_compiling():
+        return _ops.tp_attn_all_reduce_and_layernorm(*args, group_name=group_name)
+    with own_errors():
+        return _ops.tp_attn_all_reduce_and_layernorm(*args, group_name=group_name)

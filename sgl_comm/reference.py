@@ -52,3 +52,67 @@ def all_gather(inputs: Sequence[Tensor]) -> Tensor:
     for place, tensor in zip(out, inputs, strict=True):
         place.copy_(tensor)
     return out.flatten(0, 1)
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """The sums along the last dimension by the package's one order, which depends on its size alone (csrc/norm.h).
+
+    Args:
+        values: float32, at least one dimension.
+
+    Returns:
+        float32, of ``values``' shape with a last dimension of 1.
+    """
+    groups = -(-values.size(-1) // 8)
+    slots = min(1024, -(-groups // 32) * 32)
+    rounds = max(1, -(-groups // slots))
+    places = torch.zeros((*values.shape[:-1], rounds * slots * 8))
+    places[..., : values.size(-1)] = values
+    by_group = _tree(places.unflatten(-1, (rounds, slots, 8)))
+    total = by_group[..., 0, :]
+    for number in range(1, rounds):
+        # A slot without a group in this round keeps what it has.
+        present = min(slots, groups - number * slots)
+        total = torch.cat([total[..., :present] + by_group[..., number, :present], total[..., present:]], -1)
+    trees = _tree(total.unflatten(-1, (slots // 32, 32)))
+    if trees.size(-1) > 1:
+        trees = _tree(torch.nn.functional.pad(trees, (0, 32 - trees.size(-1)))).unsqueeze(-1)
+    return trees
+
+
+def _tree(values: Tensor) -> Tensor:
+    """Sums along the last dimension, a power of two: elements half of it apart first, down to neighbours."""
+    while values.size(-1) > 1:
+        first, second = values.chunk(2, -1)
+        values = first + second
+    return values.squeeze(-1)
+
+
+def tp_attn_all_reduce_and_layernorm(
+    inputs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str = "rms",
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The sum over ranks, plus the residual, and its norm: see ``sgl_comm.ops.tp_attn_all_reduce_and_layernorm``.
+
+    Args:
+        inputs: every rank's hidden states, in rank order.
+        residual, weight, bias, eps, norm, weight_offset: as for the op.
+
+    Returns:
+        The normalised tensor and the new residual, row-major.
+    """
+    new_residual = all_reduce([all_reduce(inputs), residual])
+    values, hidden = new_residual.float(), residual.size(-1)
+    if norm == "layer":
+        values = values - row_sum(values) / hidden
+    mean_square = row_sum(values * values) / hidden + torch.tensor(eps, dtype=torch.float32)
+    factor = 1 / torch.sqrt(mean_square.double()).float()  # torch's fp32 root is not always rounded correctly
+    out = values * factor * (weight.float() + weight_offset)
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(residual.dtype), new_residual

@@ -1,4 +1,6 @@
 // all_reduce between the processes of one host, through shared memory.
+#include "cpu/all_reduce.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -68,7 +70,7 @@ void two_phase(ShmCommunicator& comm, const Message& message) {
   }
 }
 
-void sum_over_ranks(ShmCommunicator& comm, const Message& message) {
+void sum_message(ShmCommunicator& comm, const Message& message) {
   const size_t size = size_of(message.dtype);
   if (comm.world() == 1) {
     if (message.out != message.in) std::memcpy(message.out, message.in, message.count * size);
@@ -86,13 +88,24 @@ bool shm_serves(const Groups::GroupPtr& group, const Tensor& input, const std::s
   return group->communicator != nullptr && reduce_op == "sum" && dtype_of(input.scalar_type()) != DType::kOther;
 }
 
-void run(const char* op, ShmCommunicator& comm, const Tensor& in, Tensor& out) {
+void run(const char* op, Call::Kind kind, ShmCommunicator& comm, const Tensor& in, Tensor& out) {
   const auto dtype = in.scalar_type();
   const auto count = static_cast<size_t>(in.numel());
-  const auto turn = comm.begin(op, {Call::Kind::kAllReduce, dtype, count});
-  sum_over_ranks(comm, {dtype_of(dtype), static_cast<const std::byte*>(in.const_data_ptr()),
-                        static_cast<std::byte*>(out.mutable_data_ptr()), count});
+  const auto turn = comm.begin(op, {kind, dtype, count});
+  sum_message(comm, {dtype_of(dtype), static_cast<const std::byte*>(in.const_data_ptr()),
+                     static_cast<std::byte*>(out.mutable_data_ptr()), count});
 }
+
+}  // namespace
+
+Tensor sum_over_ranks(const char* op, Call::Kind kind, const Groups::GroupPtr& group, const Tensor& input) {
+  if (!shm_serves(group, input, "sum")) return fallback::all_reduce(op, input, group->name, "sum");
+  Tensor out = empty_row_major(op, input);
+  run(op, kind, *group->communicator, input, out);
+  return out;
+}
+
+namespace {
 
 Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
                        const std::string& reduce_op) {
@@ -105,16 +118,14 @@ Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& g
 Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce", input, group_name, reduce_op);
   if (!shm_serves(group, input, reduce_op)) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
-  Tensor out = empty_row_major("all_reduce", input);
-  run("all_reduce", *group->communicator, row_major(input), out);
-  return out;
+  return sum_over_ranks("all_reduce", Call::Kind::kAllReduce, group, row_major(input));
 }
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name, reduce_op);
   in_place("all_reduce_", input, [&](Tensor& x) {
     if (shm_serves(group, x, reduce_op)) {
-      run("all_reduce_", *group->communicator, x, x);
+      run("all_reduce_", Call::Kind::kAllReduce, *group->communicator, x, x);
     } else {
       torch::stable::copy_(x, fallback::all_reduce("all_reduce_", x, group_name, reduce_op));
     }

@@ -25,6 +25,8 @@ const char* name_of(Call::Kind kind) {
       return "reduce_scatter";
     case Call::Kind::kAllGather:
       return "all_gather";
+    case Call::Kind::kAllReduceLayerNorm:
+      return "tp_attn_all_reduce_and_layernorm";
     default:
       return "all_reduce";
   }

@@ -29,7 +29,7 @@ namespace sgl_comm {
 
 // What a rank calls; a call must be the same on every rank, which is checked before any of its data is used.
 struct Call {
-  enum class Kind : uint8_t { kAllReduce = 1, kReduceScatter = 2, kAllGather = 3 };
+  enum class Kind : uint8_t { kAllReduce = 1, kReduceScatter = 2, kAllGather = 3, kAllReduceLayerNorm = 4 };
   Kind kind;
   torch::headeronly::ScalarType dtype;
   uint64_t count;  // of a rank's input

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/floating_point.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers
 #endif
@@ -74,36 +76,6 @@ SumVectors choose_instructions() {
 #endif
   return scalar::sum_vectors;
 }
-
-// Round to nearest even and keep subnormals, whatever the thread was told (torch.set_flush_denormal).
-class DefaultFloatingPoint {
- public:
-#if defined(__x86_64__)
-  DefaultFloatingPoint() : saved_(_mm_getcsr()) {
-    if (saved_ & kChanged) _mm_setcsr(saved_ & ~kChanged);
-  }
-  ~DefaultFloatingPoint() {
-    if (saved_ & kChanged) _mm_setcsr(saved_);
-  }
-
- private:
-  static constexpr unsigned kChanged = 0xe040;  // flush to zero, rounding mode, denormals are zero
-  unsigned saved_;
-#elif defined(__aarch64__)
-  DefaultFloatingPoint() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    if (saved_ != 0) asm volatile("msr fpcr, xzr");
-  }
-  ~DefaultFloatingPoint() {
-    if (saved_ != 0) asm volatile("msr fpcr, %0" ::"r"(saved_));
-  }
-
- private:
-  uint64_t saved_;
-#else
-  DefaultFloatingPoint() = default;
-#endif
-};
 
 }  // namespace
 

@@ -1,6 +1,5 @@
 """Decoders divided over real ranks by ``LayerCommunicator`` equal the undivided one, in every layout."""
 
-
 from __future__ import annotations
 
 import itertools

@@ -11,16 +11,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from sgl_comm.capability import as_device
 from sgl_comm.communicator import Communicator, init
 from sgl_comm.errors import SglCommError
 from sgl_comm.layers.parallel_config import ParallelConfig
+from sgl_comm.rendezvous import Rendezvous
 
 
 class LayerGroups:
     """The groups of one model, made once and used by the communicators of all its layers.
 
-    A collective call, as ``sgl_comm.init`` is; it makes groups of its own, so that the given one may have a
-    communicator or not. Rank ``d * attn_tp_size + a`` of the model is rank ``a`` of attention-TP group ``d``.
+    A collective call of all ranks of the default group, as ``torch.distributed.new_group`` is: where that holds several
+    models side by side, each rank gives its model's group. It makes groups of its own, so that the given one may have a
+    communicator or not. Rank ``d * attn_tp_size + a`` of a model is rank ``a`` of its attention-TP group ``d``.
 
     Args:
         config: the layout, alike on all ranks.
@@ -49,40 +52,26 @@ class LayerGroups:
     ) -> None:
         self.config = config
         self._num_tokens: tuple[int, ...] | None = None
-        self._made: dict[tuple[int, ...], tuple[Communicator, ProcessGroup]] = {}
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        me, width = dist.get_rank(group), config.attn_tp_size
-
-        def communicator(members: Sequence[int]) -> Communicator:
-            key = tuple(ranks[member] for member in members)
-            if key not in self._made:
-                made = dist.new_group(list(key), use_local_synchronization=True)
-                try:
-                    self._made[key] = init(made, device, max_size), made
-                except BaseException:
-                    dist.destroy_process_group(made)
-                    raise
-            return self._made[key][0]
-
+        self._process_groups: list[ProcessGroup] = []
+        self._communicators: dict[tuple[int, ...], Communicator] = {}
+        me, width = dist.get_rank(), config.attn_tp_size
         try:
-            self.tp = communicator(range(len(ranks)))
-            self._refuse_together()
-            self.attn_dp_rank, self.attn_tp_rank = divmod(me, width)
-            self.attn_tp = communicator(range(me - self.attn_tp_rank, me - self.attn_tp_rank + width))
-            self.attn_dp = communicator(range(self.attn_tp_rank, config.tp_size, width))
-            self.alone = communicator([me])
+            for model in _models(config, group, device):
+                for members in _groups_of(model, width):
+                    made = dist.new_group(list(members))
+                    if me in members:
+                        self._process_groups.append(made)
+                        self._communicators[members] = init(made, device, max_size)
+                if me in model:
+                    place = model.index(me)
+                    self.attn_dp_rank, self.attn_tp_rank = divmod(place, width)
+                    self.tp = self._communicators[model]
+                    self.attn_tp = self._communicators[model[place - self.attn_tp_rank :][:width]]
+                    self.attn_dp = self._communicators[model[self.attn_tp_rank :: width]]
+                    self.alone = self._communicators[(me,)]
         except BaseException:
             self.close()
             raise
-
-    def _refuse_together(self) -> None:
-        mine = torch.tensor([zlib.crc32(repr(self.config).encode())], device=self.tp.device)
-        if self.tp.all_gather(mine).unique().numel() > 1:
-            raise SglCommError(f"LayerGroups: got {self.config}; expected the same on all ranks of the group")
-        if self.tp.world_size != self.config.tp_size:
-            raise SglCommError(
-                f"LayerGroups: got a group of {self.tp.world_size} ranks; expected tp_size={self.config.tp_size}"
-            )
 
     @property
     def num_tokens(self) -> tuple[int, ...]:
@@ -129,16 +118,18 @@ class LayerGroups:
     def capture(self) -> Iterator[None]:
         """Around the capture of CUDA graphs: ``Communicator.capture`` of every group. Collective."""
         with ExitStack() as stack:
-            for made, _ in self._made.values():
-                stack.enter_context(made.capture())
+            for communicator in self._communicators.values():
+                stack.enter_context(communicator.capture())
             yield
 
     def close(self) -> None:
         """Closes the communicators and gives up the groups; safe to call twice."""
-        for made, group in self._made.values():
-            made.close()
+        for communicator in self._communicators.values():
+            communicator.close()
+        for group in self._process_groups:
             dist.destroy_process_group(group)
-        self._made.clear()
+        self._communicators.clear()
+        self._process_groups.clear()
 
     def __enter__(self) -> LayerGroups:
         return self
@@ -147,3 +138,31 @@ class LayerGroups:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _models(
+    config: ParallelConfig, group: ProcessGroup | None, device: torch.device | str | int | None
+) -> list[tuple[int, ...]]:
+    """The ranks of every model that is being set up, in ascending order, by their numbers in the default group."""
+    ranks = dist.get_process_group_ranks(Rendezvous.of(group).group)
+    everyone = Rendezvous.of(None, None if device is None else as_device(device))
+    mine = torch.zeros(everyone.world + 4, dtype=torch.uint8)
+    mine[ranks] = 1
+    mine[everyone.world :] = torch.tensor(list(zlib.crc32(repr(config).encode()).to_bytes(4, "little")))
+    answers = everyone.all_gather(mine).view(everyone.world, -1)
+    if (answers[:, everyone.world :] != mine[everyone.world :]).any():
+        raise SglCommError(f"LayerGroups: got {config}; expected the same on all ranks")
+    members = answers[:, : everyone.world].bool()
+    sizes = members.sum(1).unique().tolist()
+    if sizes != [config.tp_size]:
+        raise SglCommError(
+            f"LayerGroups: got {' and '.join(map(str, sizes))} ranks in a group; expected tp_size={config.tp_size}"
+        )
+    return sorted({tuple(row.nonzero().flatten().tolist()) for row in members})
+
+
+def _groups_of(model: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
+    """All groups of one model, each once: all ranks, the attention-TP groups, those across them, each rank alone."""
+    rows = [model[start : start + width] for start in range(0, len(model), width)]
+    columns = [model[start::width] for start in range(width)]
+    return list(dict.fromkeys([model, *rows, *columns, *((rank,) for rank in model)]))

@@ -11,7 +11,7 @@ import torch
 from cases import Ranks, generator
 
 from sgl_comm.layers import LayerGroups, ParallelConfig
-from sgl_comm.testing import RankContext
+from sgl_comm.testing import RankContext, bits_equal
 
 A2A = "all_to_all_single"
 
@@ -29,10 +29,14 @@ STACKS = ["D", "M", *map("".join, itertools.product("DM", repeat=3))]
 """Layers, dense or MoE: each kind with each before and behind it, as the first, the last, and both."""
 
 OPTIONS = [
-    {"allow_mlp_allreduce_fusion": fuse, "allow_reduce_scatter": scatter}
-    for fuse in (False, True)
-    for scatter in (False, True)
+    *(
+        {"allow_mlp_allreduce_fusion": fuse, "allow_reduce_scatter": scatter}
+        for fuse in (False, True)
+        for scatter in (False, True)
+    ),
+    {"mlp_reduces": True},
 ]
+"""Who reduces an MLP's output, and how: the same bits whoever does."""
 
 TOKENS = {
     1: [(5,), (8,), (1,), (0,)],
@@ -54,12 +58,16 @@ def wrong_outputs(ctx: RankContext, config: ParallelConfig, options: Sequence[di
                 x = inputs[groups.attn_dp_rank]
                 expected = tiny_decoder.whole(decoder, x)
                 groups.set_num_tokens(tokens)
+                outputs = []
                 for option in options:
                     parts = tiny_decoder.parts(decoder, config, groups, ctx.group, **option)
-                    found = tiny_decoder.run(decoder, parts, x)
+                    outputs.append(tiny_decoder.run(decoder, parts, x))
                     bound = 1e-5 * expected.abs().max() if x.numel() else 0
-                    if found.shape != expected.shape or not ((found - expected).abs() <= bound).all():
-                        wrong.append(f"{stack} with {tokens} tokens, {option}: {(found - expected).abs().max()}")
+                    off = (outputs[-1] - expected).abs()
+                    if off.shape != expected.shape or not (off <= bound).all():
+                        wrong.append(f"{stack} with {tokens} tokens, {option}: off by {off}, at most {bound}")
+                    elif not bits_equal(outputs[-1], outputs[0]):
+                        wrong.append(f"{stack} with {tokens} tokens, {option}: other bits than {options[0]}")
     return wrong
 
 

@@ -153,7 +153,9 @@ class Part:
         else:
             experts = self._all_to_all(x, weights, numbers)
         shared = layer.shared.part(ranks.rank, ranks.world_size)(x)
-        return comm.mlp_output(self._reduced_inside(experts)) + comm.mlp_output(self._reduced_inside(shared))
+        if self.mlp_reduces:
+            return comm.mlp_output(self._reduced_inside(experts + shared))
+        return comm.mlp_output(experts) + comm.mlp_output(shared)
 
     def _reduced_inside(self, x: Tensor) -> Tensor:
         return self.comm.mlp_group.all_reduce(x) if self.mlp_reduces else x

@@ -71,8 +71,9 @@ def gather_residual_reduce_and_norm(
 
 def reduce_norm_and_gather(layer: LayerCommunicator, hidden: PartialSum, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The fused op, then the tokens of the other groups."""
+    token_moves.expect_rows(residual, layer.groups.own_num_tokens, "prepare_mlp")
     normed, residual = reduce_and_norm(layer, hidden, residual)
-    return token_moves.gather_groups(layer.groups, normed, "prepare_mlp"), residual
+    return token_moves.gather_groups(layer.groups, normed), residual
 
 
 def gather_residual_reduce_norm_and_gather(
@@ -80,7 +81,7 @@ def gather_residual_reduce_norm_and_gather(
 ) -> tuple[Tensor, Tensor]:
     """The same, where the residual was scattered."""
     normed, residual = gather_residual_reduce_and_norm(layer, hidden, residual)
-    return token_moves.gather_groups(layer.groups, normed, "prepare_mlp"), residual
+    return token_moves.gather_groups(layer.groups, normed), residual
 
 
 def reduce_scatter_and_norm(layer: LayerCommunicator, hidden: PartialSum, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,8 @@ def reduce_and_take_own(
     layer: LayerCommunicator, hidden: PartialSum | Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Makes the sum of all tokens, and goes on with those of this rank's group."""
-    return token_moves.own_group(layer.groups, _reduced(layer, hidden), "postprocess_layer"), residual
+    expected = sum(layer.groups.num_tokens)
+    return token_moves.own_group(layer.groups, _reduced(layer, hidden, expected)), residual
 
 
 def add_and_gather(layer: LayerCommunicator, hidden: Tensor, residual: Tensor) -> tuple[Tensor, None]:
@@ -152,13 +154,18 @@ def reduce_scatter_own(layer: LayerCommunicator, hidden: PartialSum, residual: T
 # --- tensors and sums
 
 
-def _reduced(layer: LayerCommunicator, hidden: PartialSum | Tensor) -> Tensor:
-    """What the MLP gave, as a tensor."""
-    if layer.mlp_gives_tensor:
-        return _whole(hidden, "postprocess_layer")
+def _reduced(layer: LayerCommunicator, hidden: PartialSum | Tensor, expected: int | None = None) -> Tensor:
+    """What the MLP gave, as a tensor; of as many rows as expected, if that is said."""
     group: Communicator = layer.mlp_group
-    addend = _addend(hidden, group.group_name, "postprocess_layer")
-    return ops.all_reduce(addend, group.group_name) if group.world_size > 1 else addend
+    if layer.mlp_gives_tensor:
+        addend = _whole(hidden, "postprocess_layer")
+    else:
+        addend = _addend(hidden, group.group_name, "postprocess_layer")
+    if expected is not None:
+        token_moves.expect_rows(addend, expected, "postprocess_layer")
+    if layer.mlp_gives_tensor or group.world_size == 1:
+        return addend
+    return ops.all_reduce(addend, group.group_name)
 
 
 def _addend(hidden: PartialSum | Tensor, group_name: str, where: str) -> Tensor:

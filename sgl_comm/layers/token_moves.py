@@ -18,14 +18,14 @@ from sgl_comm.layers.groups import LayerGroups
 
 def own_piece(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
     """TP_ATTN_FULL to SCATTERED, of what all ranks of the group have: a view of this rank's piece."""
-    _expect_rows(rows, groups.own_num_tokens, where)
+    expect_rows(rows, groups.own_num_tokens, where)
     start, end = _piece(groups)
     return rows[start:end]
 
 
 def sum_own_piece(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
     """TP_ATTN_FULL to SCATTERED, of addends over the attention-TP group: this rank's piece of the sum."""
-    _expect_rows(rows, groups.own_num_tokens, where)
+    expect_rows(rows, groups.own_num_tokens, where)
     width = groups.attn_tp.world_size
     start, end = _piece(groups)
     return ops.reduce_scatter(
@@ -36,14 +36,13 @@ def sum_own_piece(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
 def gather_pieces(groups: LayerGroups, piece: Tensor, where: str) -> Tensor:
     """SCATTERED to TP_ATTN_FULL: one ``all_gather`` over the attention-TP group."""
     start, end = _piece(groups)
-    _expect_rows(piece, end - start, where)
+    expect_rows(piece, end - start, where)
     each = _per_rank(groups.own_num_tokens, groups.attn_tp.world_size)
     return ops.all_gather(_padded(piece, each), groups.attn_tp.group_name)[: groups.own_num_tokens]
 
 
-def gather_groups(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
+def gather_groups(groups: LayerGroups, rows: Tensor) -> Tensor:
     """TP_ATTN_FULL to FULL: one ``all_gather`` over the ranks of the same place in each attention-TP group."""
-    _expect_rows(rows, groups.own_num_tokens, where)
     counts, most = groups.num_tokens, max(groups.num_tokens)
     gathered = ops.all_gather(_padded(rows, most), groups.attn_dp.group_name)
     if min(counts) == most:
@@ -51,10 +50,9 @@ def gather_groups(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered.split(most), counts, strict=True)])
 
 
-def own_group(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
+def own_group(groups: LayerGroups, rows: Tensor) -> Tensor:
     """FULL to TP_ATTN_FULL, of what all ranks have: a view of the tokens of this rank's group."""
     counts, me = groups.num_tokens, groups.attn_dp_rank
-    _expect_rows(rows, sum(counts), where)
     return rows[sum(counts[:me]) :][: counts[me]]
 
 
@@ -62,7 +60,7 @@ def sum_own_group(groups: LayerGroups, rows: Tensor, where: str) -> Tensor:
     """FULL to TP_ATTN_FULL, of addends over all ranks: ``reduce_scatter``, and ``all_gather`` in the group if it has
     several ranks. The bits are those of an all-reduce."""
     counts, width = groups.num_tokens, groups.attn_tp.world_size
-    _expect_rows(rows, sum(counts), where)
+    expect_rows(rows, sum(counts), where)
     each = _per_rank(max(counts), width)
     if min(counts) < width * each:
         rows = torch.cat([_padded(part, width * each) for part in rows.split(counts)])
@@ -88,7 +86,8 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     return pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
-def _expect_rows(rows: Tensor, count: int, where: str) -> None:
+def expect_rows(rows: Tensor, count: int, where: str) -> None:
+    """Refuses another number of rows; to be asked before anything is sent."""
     if rows.size(0) != count:
         raise SglCommError(
             f"{where}: got {rows.size(0)} rows; expected {count}, by the numbers of tokens that were set"

@@ -24,7 +24,7 @@ from sgl_comm.layers import (
 HIDDEN, HEADS, INNER, EXPERTS, TOP = 32, 4, 16, 4, 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mlp:
     """``down(silu(up(x)))``; leading dimensions, if any, are of the experts."""
 
@@ -46,7 +46,7 @@ class Mlp:
         return Mlp(self.up[number], self.down[number])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """The weights of a layer; ``router`` and ``shared`` where it is a mixture of experts."""
 
@@ -58,21 +58,21 @@ class Layer:
     norms: tuple[Norm, Norm]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoder:
     layers: Sequence[Layer]
     norm: Norm
 
 
-def make(pattern: str) -> Decoder:
+def make(pattern: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """Random weights, alike in every process. ``pattern``: D for a dense layer, M for a mixture of experts."""
     bits = generator("tiny decoder", pattern)
 
     def weight(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=bits) / shape[-1] ** 0.5
+        return (torch.randn(shape, generator=bits) / shape[-1] ** 0.5).to(dtype)
 
     def norm() -> Norm:
-        return Norm(1 + 0.1 * torch.randn(HIDDEN, generator=bits))
+        return Norm((1 + 0.1 * torch.randn(HIDDEN, generator=bits)).to(dtype))
 
     def layer(sparse: bool) -> Layer:
         many = (EXPERTS,) if sparse else ()
@@ -126,7 +126,7 @@ def whole(decoder: Decoder, x: Tensor) -> Tensor:
     return norm(x, decoder.norm)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """One rank's part of a layer."""
 

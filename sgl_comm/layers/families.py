@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sgl_comm import ops
-from sgl_comm.communicator import Communicator
 from sgl_comm.errors import SglCommError
 from sgl_comm.layers import token_moves
 from sgl_comm.layers.partial_sum import PartialSum, take
@@ -156,7 +155,7 @@ def reduce_scatter_own(layer: LayerCommunicator, hidden: PartialSum, residual: T
 
 def _reduced(layer: LayerCommunicator, hidden: PartialSum | Tensor, expected: int | None = None) -> Tensor:
     """What the MLP gave, as a tensor; of as many rows as expected, if that is said."""
-    group: Communicator = layer.mlp_group
+    group = layer.mlp_group
     if layer.mlp_gives_tensor:
         addend = _whole(hidden, "postprocess_layer")
     else:

@@ -41,6 +41,12 @@ class Norm:
         if residual is None:
             residual = torch.full_like(hidden_states, -0.0)  # what changes no number, not even the sign of a zero
         return ops.tp_attn_all_reduce_and_layernorm(
-            hidden_states, residual, self.weight, self.bias, self.eps, self.kind, self.weight_offset,
+            hidden_states,
+            residual,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.kind,
+            self.weight_offset,
             group_name=group_name,
-        )  # fmt: skip
+        )

@@ -50,7 +50,8 @@ def call_all(ranks: Sequence[SimulatedRank], inputs: Sequence[torch.Tensor], cal
     for rank, tensor in zip(ranks, inputs, strict=True):
         # So that no call has to ask the driver for memory: under initcheck that waits for the ranks before it.
         with torch.cuda.stream(rank.stream):
-            torch.empty(rank.world * tensor.nbytes, dtype=torch.uint8, device=tensor.device)
+            for size in (tensor.nbytes // rank.world, tensor.nbytes, tensor.nbytes * rank.world):
+                torch.empty(size, dtype=torch.uint8, device=tensor.device)
     torch.cuda.synchronize()
     for rank, tensor in zip(ranks, inputs, strict=True):
         with torch.cuda.stream(rank.stream):

@@ -47,6 +47,11 @@ def inputs_of(world: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def call_all(ranks: Sequence[SimulatedRank], inputs: Sequence[torch.Tensor], call: Call) -> list[torch.Tensor]:
     outputs = []
+    for rank, tensor in zip(ranks, inputs, strict=True):
+        # So that no call has to ask the driver for memory: under initcheck that waits for the ranks before it.
+        with torch.cuda.stream(rank.stream):
+            for size in (tensor.nbytes // rank.world, tensor.nbytes, tensor.nbytes * rank.world):
+                torch.empty(size, dtype=torch.uint8, device=tensor.device)
     torch.cuda.synchronize()
     for rank, tensor in zip(ranks, inputs, strict=True):
         with torch.cuda.stream(rank.stream):

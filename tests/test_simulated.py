@@ -115,11 +115,11 @@ def test_the_norm_has_the_bits_of_the_oracle(one_shot_bytes: int, dtype: torch.d
             expected = reference.tp_attn_all_reduce_and_layernorm([x.cpu() for x in states], *args)
             on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
 
-            def call(x: torch.Tensor, group_name: str, args: list = on_gpu) -> torch.Tensor:
-                return torch.stack(ops.tp_attn_all_reduce_and_layernorm(x, *args, group_name=group_name))
+            def call(x: torch.Tensor, group_name: str, args: list = on_gpu) -> tuple[torch.Tensor, torch.Tensor]:
+                return ops.tp_attn_all_reduce_and_layernorm(x, *args, group_name=group_name)
 
-            for output in call_all(ranks, states, call):
-                for got, want in zip(output.cpu(), expected, strict=True):
+            for outputs in call_all(ranks, states, call):
+                for got, want in zip(outputs, expected, strict=True):
                     assert_bits_equal(got, want, f"{tokens} x {hidden}, {norm}")
         assert [rank.fault() for rank in ranks] == [""] * world
 

@@ -111,6 +111,11 @@ std::tuple<Tensor, Tensor> all_reduce_layernorm(const Tensor& hidden_states, con
       return {normed, new_residual};
     }
   }
+  if (group->world == 1) {
+    Tensor normed = empty_row_major(kOp, hidden_states);
+    if (call.rows > 0) normalise(call, call.hidden_states, normed, new_residual);
+    return {normed, new_residual};
+  }
   Tensor normed = sum_over_ranks(kOp, group, call.hidden_states);
   if (call.rows > 0) normalise(call, normed, normed, new_residual);
   return {normed, new_residual};

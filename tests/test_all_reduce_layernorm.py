@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import DTYPES, Ranks, differs, error_text, generator, group_without_shared_memory, name_of, ranks_on
 from torch import Tensor
 
@@ -347,8 +348,6 @@ def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
 
 def differing_calls(ctx: RankContext) -> str:
     """Rank 1 sums where the others sum and normalise; an error on every rank."""
-    import torch.distributed as dist
-
     x, w = torch.ones(4, 8), torch.ones(8)
     group = dist.new_group(list(range(ctx.world)))
     with sgl_comm.init(group) as comm:

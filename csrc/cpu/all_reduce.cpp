@@ -96,16 +96,13 @@ void run(const char* op, Call::Kind kind, ShmCommunicator& comm, const Tensor& i
                      static_cast<std::byte*>(out.mutable_data_ptr()), count});
 }
 
-}  // namespace
-
-Tensor sum_over_ranks(const char* op, Call::Kind kind, const Groups::GroupPtr& group, const Tensor& input) {
-  if (!shm_serves(group, input, "sum")) return fallback::all_reduce(op, input, group->name, "sum");
+Tensor reduced(const char* op, Call::Kind kind, const Groups::GroupPtr& group, const Tensor& input,
+               const std::string& reduce_op) {
+  if (!shm_serves(group, input, reduce_op)) return fallback::all_reduce(op, input, group->name, reduce_op);
   Tensor out = empty_row_major(op, input);
-  run(op, kind, *group->communicator, input, out);
+  run(op, kind, *group->communicator, row_major(input), out);
   return out;
 }
-
-namespace {
 
 Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
                        const std::string& reduce_op) {
@@ -117,8 +114,7 @@ Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& g
 
 Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce", input, group_name, reduce_op);
-  if (!shm_serves(group, input, reduce_op)) return fallback::all_reduce("all_reduce", input, group_name, reduce_op);
-  return sum_over_ranks("all_reduce", Call::Kind::kAllReduce, group, row_major(input));
+  return reduced("all_reduce", Call::Kind::kAllReduce, group, input, reduce_op);
 }
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
@@ -133,6 +129,10 @@ void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
 }
 
 }  // namespace
+
+Tensor sum_over_ranks(const char* op, Call::Kind kind, const Groups::GroupPtr& group, const Tensor& input) {
+  return reduced(op, kind, group, input, "sum");
+}
 
 }  // namespace sgl_comm::cpu
 

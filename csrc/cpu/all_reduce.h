@@ -8,8 +8,8 @@
 
 namespace sgl_comm::cpu {
 
-// A fresh row-major tensor: the sum of every rank's row-major `input`, through shared memory where that serves the
-// group and dtype, else by the group's own backend. `kind` is what the ranks must all call.
+// A fresh row-major tensor: the sum of every rank's `input`, through shared memory where that serves the group and
+// dtype, else by the group's own backend. `kind` is what the ranks must all call.
 Tensor sum_over_ranks(const char* op, Call::Kind kind, const Groups::GroupPtr& group, const Tensor& input);
 
 }  // namespace sgl_comm::cpu

@@ -1,7 +1,6 @@
 """The all-reduce algorithms on simulated ranks of one GPU: microseconds a call in a CUDA graph, and the host's time.
 
-There is no link in between, so these times compare kernels with kernels. Each rank replays a graph of many calls on
-its own stream; all start behind one gate; the slowest rank counts; the median over repetitions is printed.
+There is no link in between, so these times compare kernels with kernels (sgl_comm/tools/simulated_timing.py).
 
     python benchmarks/bench_all_reduce.py --worlds 2 4 8 --algos one_shot two_shot --json out.json
 """
@@ -12,18 +11,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
 from sgl_comm.testing import SimulatedRank, make_simulated
-
-CALLS = 200
-REPETITIONS = 15
-NUM_BUFFERS = 4
-GATE_CYCLES = 4_000_000
-
-Call = Callable[[torch.Tensor, str], torch.Tensor]
+from sgl_comm.tools.simulated_timing import Call, graph_microseconds
 
 
 def call_of(algo: str) -> Call:
@@ -32,42 +24,6 @@ def call_of(algo: str) -> Call:
     if algo in ("v1", "auto"):
         return ops.custom_all_reduce_v1 if algo == "v1" else ops.all_reduce
     return lambda x, group_name: ops.custom_all_reduce_v2(x, group_name, algo)
-
-
-def graph_microseconds(ranks: list[SimulatedRank], num_bytes: int, dtype: torch.dtype, call: Call) -> float:
-    """The median time of a call of ``num_bytes`` bytes a rank, in a graph of ``CALLS`` calls on rotating buffers."""
-    count = num_bytes // dtype.itemsize
-    inputs = [[torch.randn(count, device="cuda").to(dtype) for _ in range(NUM_BUFFERS)] for _ in ranks]
-    graphs = []
-    for rank, buffers in zip(ranks, inputs, strict=True):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=rank.stream):
-            outputs: list[torch.Tensor | None] = [None] * NUM_BUFFERS
-            for number in range(CALLS):
-                slot = number % NUM_BUFFERS
-                outputs[slot] = call(buffers[slot], rank.group_name)
-        graphs.append(graph)
-    torch.cuda.synchronize()
-    gate = torch.cuda.Stream()
-    times = []
-    for _ in range(REPETITIONS + 2):
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in ranks]
-        with torch.cuda.stream(gate):
-            torch.cuda._sleep(GATE_CYCLES)
-            opened = torch.cuda.Event()
-            opened.record()
-        for rank, graph, (begin, end) in zip(ranks, graphs, events, strict=True):
-            with torch.cuda.stream(rank.stream):
-                rank.stream.wait_event(opened)
-                begin.record()
-                graph.replay()
-                end.record()
-        torch.cuda.synchronize()
-        times.append(max(begin.elapsed_time(end) for begin, end in events) * 1e3 / CALLS)
-    faults = [rank.fault() for rank in ranks if rank.fault()]
-    if faults:
-        raise RuntimeError(faults[0])
-    return statistics.median(times[2:])
 
 
 def host_times(ranks: list[SimulatedRank]) -> dict[str, float]:

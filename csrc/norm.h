@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include "cuda/device/rounding.cuh"
 #define SGL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define SGL_HOST_DEVICE inline
@@ -36,18 +37,30 @@ SGL_HOST_DEVICE float add(float a, float b) {
   return a + b;
 #endif
 }
-SGL_HOST_DEVICE float divide(float a, float b) {
+
+// A row's length, for divisions by it.
+struct RowLength {
+  float value;
+  float inverse;  // 1 / value, rounded
+};
+inline RowLength row_length(int64_t hidden) {
+  const float value = static_cast<float>(hidden);
+  return {value, 1.0f / value};
+}
+
+SGL_HOST_DEVICE float divide(float a, RowLength length) {
 #ifdef __CUDA_ARCH__
-  return __fdiv_rn(a, b);
+  return device::quotient(a, length.value, length.inverse);
 #else
-  return a / b;
+  return a / length.value;
 #endif
 }
-SGL_HOST_DEVICE float square_root(float a) {
+// Of the square root, once that is rounded.
+SGL_HOST_DEVICE float inverse_square_root(float a) {
 #ifdef __CUDA_ARCH__
-  return __fsqrt_rn(a);
+  return device::inverse_of_root(device::root(a));
 #else
-  return std::sqrt(a);
+  return 1.0f / std::sqrt(a);
 #endif
 }
 
@@ -73,8 +86,8 @@ struct Norm {
 };
 
 // The factor of a row whose squares (LayerNorm: squared distances from the mean) sum up to `squares`.
-SGL_HOST_DEVICE float norm_factor(float squares, int64_t hidden, float eps) {
-  return divide(1.0f, square_root(add(divide(squares, static_cast<float>(hidden)), eps)));
+SGL_HOST_DEVICE float norm_factor(float squares, RowLength length, float eps) {
+  return inverse_square_root(add(divide(squares, length), eps));
 }
 
 // One element: `value` is the row's (LayerNorm: less the mean), `weight` has its offset. A bias is added afterwards.

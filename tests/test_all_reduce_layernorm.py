@@ -189,8 +189,9 @@ def alone_and_in_a_batch(ctx: RankContext) -> list[str]:
     wrong = []
     for dtype, norm in itertools.product(DTYPES, NORMS):
         case = Case(9, 1536, dtype, norm)
-        states, residual, weight, bias = case.inputs(ctx.world)
-        mine, group = states[ctx.rank], ctx.group.group_name
+        states, *others = case.inputs(ctx.world)
+        mine, group = states[ctx.rank].to(ctx.device), ctx.group.group_name
+        residual, weight, bias = (x if x is None else x.to(ctx.device) for x in others)
         batch = case.call(mine, residual, weight, bias, group)
         for first, last in ((0, 1), (4, 5), (8, 9), (2, 7)):
             some = case.call(mine[first:last], residual[first:last], weight, bias, group)
@@ -199,8 +200,9 @@ def alone_and_in_a_batch(ctx: RankContext) -> list[str]:
     return wrong
 
 
-def test_a_token_has_the_same_bits_alone_and_in_a_batch() -> None:
-    Ranks("cpu", 3).all_right(alone_and_in_a_batch)
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (3,)), *ranks_on("cuda", (2, 5))])
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(ranks: Ranks) -> None:
+    ranks.all_right(alone_and_in_a_batch)
 
 
 def every_layout(ctx: RankContext) -> list[str]:
@@ -243,19 +245,21 @@ def awkward_rows(ctx: RankContext) -> list[str]:
         bias = weight.flip(0) if norm.bias else None
         args = (rows.flip(0), weight, bias, EPS, norm.norm, norm.weight_offset)
         expected = reference.tp_attn_all_reduce_and_layernorm(states, *args)
+        on_device = [x.to(ctx.device) if isinstance(x, Tensor) else x for x in args]
         for flushing in (False, True):
             torch.set_flush_denormal(flushing)
             got = sgl_comm.ops.tp_attn_all_reduce_and_layernorm(
-                states[ctx.rank], *args, group_name=ctx.group.group_name
+                states[ctx.rank].to(ctx.device), *on_device, group_name=ctx.group.group_name
             )
             torch.set_flush_denormal(False)
             for x, y in zip(got, expected, strict=True):
-                wrong += differs(x, y, name_of(dtype, norm.name, "flushing" * flushing))
+                wrong += differs(x.cpu(), y, name_of(dtype, norm.name, "flushing" * flushing))
     return wrong
 
 
-def test_awkward_values() -> None:
-    Ranks("cpu", 2).all_right(awkward_rows)
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (2,)), *ranks_on("cuda", (2, 3))])
+def test_awkward_values(ranks: Ranks) -> None:
+    ranks.all_right(awkward_rows)
 
 
 def by_the_own_backend(ctx: RankContext) -> list[str]:

@@ -108,6 +108,7 @@ def test_the_norm_has_the_bits_of_the_oracle(one_shot_bytes: int, dtype: torch.d
             (7, 8192, "rms"),
             (2, 16384, "rms"),
             (5, 577, "layer"),
+            (60, 2048, "layer"),
         ):
             states = [x.view(tokens, hidden) for x in inputs_of(world, tokens * hidden, dtype)]
             residual, weight = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden)

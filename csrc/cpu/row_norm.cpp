@@ -73,6 +73,7 @@ void add_and_normalise(const RowsToNormalise& rows) {
   for (float& w : weight) w = add(w, rows.norm.weight_offset);
   if (rows.bias != nullptr) widen(rows.bias_dtype, rows.bias, bias.data(), hidden);
   RowSum sum(hidden);
+  const RowLength length = row_length(hidden);
   for (int64_t row = 0; row < rows.rows; ++row) {
     const auto at = [&](auto* p) { return p + row * row_bytes; };
     const void* const terms[] = {at(static_cast<const char*>(rows.sums)), at(static_cast<const char*>(rows.residual))};
@@ -80,11 +81,11 @@ void add_and_normalise(const RowsToNormalise& rows) {
     sum_in_order(rows.dtype, new_residual, terms, 2, hidden);
     widen(rows.dtype, new_residual, values.data(), hidden);
     if (rows.norm.layer) {
-      const float mean = divide(sum.of(values.data(), [](float x) { return x; }), static_cast<float>(hidden));
+      const float mean = divide(sum.of(values.data(), [](float x) { return x; }), length);
       for (int64_t i = 0; i < hidden; ++i) values[i] = add(values[i], -mean);
     }
     const float squares = sum.of(values.data(), [](float x) { return mul(x, x); });
-    const float factor = norm_factor(squares, hidden, rows.norm.eps);
+    const float factor = norm_factor(squares, length, rows.norm.eps);
     for (int64_t i = 0; i < hidden; ++i) out[i] = normalised(values[i], factor, weight[i]);
     for (size_t i = 0; i < bias.size(); ++i) out[i] = add(out[i], bias[i]);
     narrow(rows.dtype, out.data(), at(static_cast<char*>(rows.normed)), hidden);

@@ -18,6 +18,9 @@ namespace {
 
 constexpr const char* kOp = kAllReduceLayerNorm;
 
+constexpr int64_t kMostClusteredRows = 8;
+constexpr int kFewestThreads = 128;  // of a clustered block
+
 // The tensor itself where it is 16-byte aligned, else an aligned copy.
 Tensor aligned_or_copy(const Tensor& tensor) {
   return aligned(tensor.const_data_ptr(), device::kPackBytes) ? tensor : fresh_row_major(kOp, tensor);
@@ -28,15 +31,37 @@ device::Weights weights_of(const std::optional<Tensor>& tensor) {
   return {tensor->const_data_ptr(), dtype_of(tensor->scalar_type()) == DType::kFloat32};
 }
 
-// How many blocks share a row: many where there are few rows, as long as a block has 128 threads.
-Shape shape_for(const Residency& limits, int64_t rows, int slots) {
+// How a fused launch goes. What was fastest (benchmarks/bench_all_reduce_layernorm.py): few rows are a cluster's each.
+struct Plan {
+  FusedRows rows;
+  int groups;
+  Shape shape;
+  bool late;
+};
+Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_shot) {
+  const int slots = row_slots(call.hidden);
+  const int groups = row_groups(call.hidden) > slots ? kMostGroups : 1;
   unsigned cluster = slots > device::kMaxThreads ? 2 : 1;
-  const unsigned most = rows <= 8 ? 8 : rows <= 32 ? 4 : cluster;
-  while (cluster < most && slots / (2 * cluster) >= 128 && slots % (2 * cluster * kTree) == 0) cluster *= 2;
+  if (comm.limits().dependent_launch && call.rows <= kMostClusteredRows) {
+    while (cluster < kMostClustered && slots / (2 * cluster) >= kFewestThreads && slots % (2 * cluster * kTree) == 0) {
+      cluster *= 2;
+    }
+  }
   const unsigned threads = slots / cluster;
-  const int64_t limit = std::max<int64_t>(1, limits.most_blocks(rows_by(cluster), threads) / cluster);
-  const int64_t rounds = (rows + limit - 1) / limit;
-  return {static_cast<unsigned>((rows + rounds - 1) / rounds) * cluster, threads, cluster};
+  const auto most_rows = [&](FusedRows rows, bool late) {
+    const Kind kind = kind_of(call.dtype, comm.world(), rows, groups);
+    return std::max<int64_t>(1, comm.limits().most_blocks(kind, threads, cluster, late) / cluster);
+  };
+  const auto with = [&](FusedRows rows, int64_t at_once, bool late) {
+    return Plan{rows, groups, Shape{Residency::evenly(call.rows, at_once) * cluster, threads, cluster}, late};
+  };
+  if (!two_shot && groups == 1 && call.rows <= most_rows(FusedRows::kOne, false)) {
+    return with(FusedRows::kOne, call.rows, false);
+  }
+  const FusedRows rows = two_shot ? FusedRows::kManyTwoShot : FusedRows::kMany;
+  const int64_t early = most_rows(rows, false), late = most_rows(rows, true);
+  const auto rounds = [&](int64_t at_once) { return (call.rows + at_once - 1) / at_once; };
+  return rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
 }
 
 // The algorithm of a fused launch, or a ring, for which there is none.
@@ -59,7 +84,7 @@ void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm,
   const std::optional<Tensor> bias = call.bias.has_value() ? std::optional(aligned_or_copy(*call.bias)) : std::nullopt;
   const bool two_shot = algorithm == Algorithm::kTwoShot;
   const int64_t bytes = call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
-  const int slots = row_slots(call.hidden);
+  const Plan plan = plan_for(comm, call, two_shot);
   const device::LayerNormMessage message{comm.view(),
                                          in.const_data_ptr(),
                                          residual.const_data_ptr(),
@@ -70,11 +95,12 @@ void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm,
                                          static_cast<int>(call.rows),
                                          static_cast<int>(call.hidden),
                                          static_cast<int>(shard_packs_of(bytes, comm.world())),
+                                         row_length(call.hidden),
                                          call.norm,
-                                         push_defers(bytes)};
-  const int groups = row_groups(call.hidden) > slots ? kMostGroups : 1;
-  launch_in_order(kOp, comm, all_reduce_layernorm_kernel(call.dtype, comm.world(), two_shot, groups),
-                  shape_for(comm.limits(), call.rows, slots), message);
+                                         push_defers(bytes),
+                                         plan.late};
+  launch_in_order(kOp, comm, all_reduce_layernorm_kernel(call.dtype, comm.world(), plan.rows, plan.groups), plan.shape,
+                  message);
 }
 
 void normalise(const LayerNormCall& call, const Tensor& sums, Tensor& normed, Tensor& new_residual) {
@@ -85,6 +111,7 @@ void normalise(const LayerNormCall& call, const Tensor& sums, Tensor& normed, Te
                                     normed.mutable_data_ptr(),
                                     new_residual.mutable_data_ptr(),
                                     call.hidden,
+                                    row_length(call.hidden),
                                     call.norm};
   bool whole = call.hidden % kGroup == 0;
   for (const void* p : {message.sums, message.residual, message.weight.data, message.bias.data}) {

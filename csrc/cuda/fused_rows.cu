@@ -3,17 +3,21 @@
 
 namespace sgl_comm::cuda {
 
-LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, bool two_shot, int groups) {
+LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups) {
   return visit_dtype(dtype, [&](auto d) {
     return visit_world(world, [&](auto n) -> LayerNormKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
-      if (groups == 1) {
-        return two_shot ? device::all_reduce_layernorm_kernel<T, kWorld, true, 1>
-                        : device::all_reduce_layernorm_kernel<T, kWorld, false, 1>;
+      switch (rows) {
+        case FusedRows::kOne:
+          return device::all_reduce_layernorm_kernel<T, kWorld, false, 1, true>;
+        case FusedRows::kMany:
+          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, false>
+                             : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, false>;
+        default:
+          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, true, 1, false>
+                             : device::all_reduce_layernorm_kernel<T, kWorld, true, kMostGroups, false>;
       }
-      return two_shot ? device::all_reduce_layernorm_kernel<T, kWorld, true, kMostGroups>
-                      : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups>;
     });
   });
 }

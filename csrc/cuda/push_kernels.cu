@@ -16,12 +16,14 @@ Residency load_push_kernels(int world) {
       }
     }
   }
+  const auto add_rows = [&](DType dtype, FusedRows rows, int groups) {
+    const auto kernel = reinterpret_cast<const void*>(all_reduce_layernorm_kernel(dtype, world, rows, groups));
+    residency.add(kind_of(dtype, world, rows, groups), kernel, kMostClustered);
+  };
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (const bool two_shot : {true, false}) {
-      for (const int groups : {1, kMostGroups}) {
-        const auto kernel = reinterpret_cast<const void*>(all_reduce_layernorm_kernel(dtype, world, two_shot, groups));
-        for (const unsigned cluster : {1, 2, 4, 8}) residency.add(rows_by(cluster), kernel, cluster);
-      }
+    add_rows(dtype, FusedRows::kOne, 1);
+    for (const FusedRows rows : {FusedRows::kMany, FusedRows::kManyTwoShot}) {
+      for (const int groups : {1, kMostGroups}) add_rows(dtype, rows, groups);
     }
   }
   load_norm_kernels();

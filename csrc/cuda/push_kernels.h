@@ -24,10 +24,18 @@ PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel gather_kernel(Unit unit, int world, bool ring);
 
-// groups: how many groups of a row a thread has at most, 1 or kMostGroups.
+// How many rows a block or cluster of a fused launch has: one, or several, one- or two-shot.
+enum class FusedRows { kOne, kMany, kManyTwoShot };
+// groups: how many groups of a row a thread has at most, 1 or kMostGroups; 1 where it is kOne.
 using LayerNormKernel = void (*)(device::LayerNormMessage);
 constexpr int kMostGroups = 2;
-LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, bool two_shot, int groups);
+constexpr unsigned kMostClustered = 4;  // blocks that share a row
+LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups);
+// What its blocks count as.
+inline Kind kind_of(DType dtype, int world, FusedRows rows, int groups) {
+  const int packs = groups * kGroup * static_cast<int>(size_of(dtype)) / device::kPackBytes;
+  return device::row_blocks(packs, world, rows == FusedRows::kOne) == 1 ? Kind::kRows : Kind::kDenseRows;
+}
 // whole: every array is 16-byte aligned, and a row a whole number of packs of each.
 using NormKernel = void (*)(device::NormMessage);
 NormKernel norm_kernel(DType dtype, bool whole);

@@ -12,10 +12,7 @@
 namespace sgl_comm::cuda {
 
 // Kernels of one kind are launched alike; the greediest of a kind counts for all.
-enum class Kind { kOneShot, kTwoShot, kGather, kRing, kPull, kRows, kRowsBy2, kRowsBy4, kRowsBy8 };
-inline Kind rows_by(unsigned cluster) {
-  return cluster == 8 ? Kind::kRowsBy8 : cluster == 4 ? Kind::kRowsBy4 : cluster == 2 ? Kind::kRowsBy2 : Kind::kRows;
-}
+enum class Kind { kOneShot, kTwoShot, kGather, kRing, kPull, kRows, kDenseRows };
 
 // Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike.
 struct Shape {
@@ -25,17 +22,60 @@ struct Shape {
 };
 
 struct Residency {
-  static constexpr int kKinds = 9, kSizes = 4;
+  static constexpr int kKinds = 7, kSizes = 4, kClusters = 3;
   static constexpr int kThreads[kSizes] = {64, 128, 256, 512};
-  int blocks[kKinds][kSizes];
-  bool dependent_launch = true;  // the kernels that this device runs were compiled to wait for the one before
+  int blocks[kKinds][kClusters][kSizes];  // in clusters of 1, 2 and 4
+  int ranks = 1;                          // that share a device
+  bool dependent_launch = true;           // the kernels that this device runs were compiled to wait for the one before
 
-  Residency() {
-    for (auto& kind : blocks) std::fill_n(kind, kSizes, INT_MAX);
+  Residency() { std::fill_n(&blocks[0][0][0], kKinds * kClusters * kSizes, INT_MAX); }
+
+  // Takes a kernel in that is launched in clusters of up to so many blocks, on the current device. Asking is what loads
+  // it.
+  void add(Kind kind, const void* kernel, unsigned most_clustered = 1) {
+    for (unsigned cluster = 1; cluster <= most_clustered; cluster *= 2) add_clustered(kind, kernel, cluster);
+    cudaFuncAttributes attributes{};
+    SGL_CUDA_CHECK("init", cudaFuncGetAttributes(&attributes, kernel));
+    dependent_launch &= attributes.ptxVersion >= 90;
   }
 
-  // Takes a kernel in, on the current device. Asking is what loads it.
-  void add(Kind kind, const void* kernel, unsigned cluster = 1) {
+  // The fewest of all ranks.
+  void lower_to(const Residency& other) {
+    for (int k = 0; k < kKinds; ++k) {
+      for (int c = 0; c < kClusters; ++c) {
+        for (int s = 0; s < kSizes; ++s) blocks[k][c][s] = std::min(blocks[k][c][s], other.blocks[k][c][s]);
+      }
+    }
+  }
+
+  void share(int with) { ranks = with; }
+
+  // How many blocks of so many threads, at most the last of kThreads, a launch may have: all ranks' launches fit beside
+  // each other, and beside each the next one that already waits. If a launch lets the next begin only at its end, none
+  // waits beside it, but it may itself wait beside one that does not: of r ranks' launches all but one may be doubled.
+  int most_blocks(Kind kind, unsigned threads, unsigned cluster = 1, bool late = false) const {
+    const int* size = std::lower_bound(kThreads, kThreads + kSizes - 1, static_cast<int>(threads));
+    const int all = blocks[static_cast<int>(kind)][index_of(cluster)][size - kThreads];
+    return std::max(1, all / (late ? std::max(1, 2 * (ranks - 1)) : 2 * ranks));
+  }
+
+  // As many blocks of `threads` as `work` threads need, or fewer that all go as many rounds.
+  Shape shape(Kind kind, int64_t work, unsigned threads, int64_t most = INT_MAX) const {
+    const int64_t limit = std::min<int64_t>(most, most_blocks(kind, threads));
+    const int64_t wanted = std::max<int64_t>(1, (work + threads - 1) / threads);
+    return {evenly(wanted, limit), threads};
+  }
+
+  // The fewest that do `wanted` in as many rounds as `most` would.
+  static unsigned evenly(int64_t wanted, int64_t most) {
+    const int64_t rounds = (wanted + most - 1) / most;
+    return static_cast<unsigned>((wanted + rounds - 1) / rounds);
+  }
+
+ private:
+  static int index_of(unsigned cluster) { return cluster == 4 ? 2 : cluster == 2 ? 1 : 0; }
+
+  void add_clustered(Kind kind, const void* kernel, unsigned cluster) {
     int device = 0, processors = 0;
     SGL_CUDA_CHECK("init", cudaGetDevice(&device));
     SGL_CUDA_CHECK("init", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -59,40 +99,9 @@ struct Residency {
         }
         fit *= static_cast<int>(cluster);
       }
-      int& fewest = blocks[static_cast<int>(kind)][size];
+      int& fewest = blocks[static_cast<int>(kind)][index_of(cluster)][size];
       fewest = std::min(fewest, fit);
     }
-    cudaFuncAttributes attributes{};
-    SGL_CUDA_CHECK("init", cudaFuncGetAttributes(&attributes, kernel));
-    dependent_launch &= attributes.ptxVersion >= 90;
-  }
-
-  // The fewest of all ranks.
-  void lower_to(const Residency& other) {
-    for (int k = 0; k < kKinds; ++k) {
-      for (int s = 0; s < kSizes; ++s) blocks[k][s] = std::min(blocks[k][s], other.blocks[k][s]);
-    }
-  }
-
-  // `ranks` share a device, and each may have the next launch waiting beside the present one.
-  void share(int ranks) {
-    for (auto& kind : blocks) {
-      for (int& count : kind) count = std::max(1, count / (2 * ranks));
-    }
-  }
-
-  // How many blocks of so many threads fit; at most the last of kThreads.
-  int most_blocks(Kind kind, unsigned threads) const {
-    const int* size = std::lower_bound(kThreads, kThreads + kSizes - 1, static_cast<int>(threads));
-    return blocks[static_cast<int>(kind)][size - kThreads];
-  }
-
-  // As many blocks of `threads` as `work` threads need, or fewer that all go as many rounds.
-  Shape shape(Kind kind, int64_t work, unsigned threads, int64_t most = INT_MAX) const {
-    const int64_t limit = std::min<int64_t>(most, most_blocks(kind, threads));
-    const int64_t wanted = std::max<int64_t>(1, (work + threads - 1) / threads);
-    const int64_t rounds = (wanted + limit - 1) / limit;
-    return {static_cast<unsigned>((wanted + rounds - 1) / rounds), threads};
   }
 };
 

@@ -93,36 +93,52 @@ __device__ __forceinline__ void scale(float (&v)[kGroup], float factor, const fl
   for (int i = 0; i < kGroup; ++i) v[i] = normalised(v[i], factor, add(weight[i], offset));
 }
 
-// Sums over the slots of a row. Needs all threads of the cluster, as do its calls, one after the other; `trees` is
-// shared memory of the block, for it alone.
+// Sums over the slots of a row, one after the other, in which all threads of its block or cluster take part. Each warp
+// sends the sum of its own slots to every block of the cluster.
 class RowSum {
  public:
-  __device__ __forceinline__ explicit RowSum(float (*trees)[kTree])
-      : trees_(trees), blocks_(ptx::cluster_size()), block_(ptx::cluster_rank()) {
-    if (blocks_ > 1) ptx::cluster_arrive();
-  }
+  // Of the block, in shared memory. A sum uses the one half and the next the other: whoever has the next sum knows that
+  // all have read the one before.
+  struct Room {
+    float trees[2][kTree];
+    uint64_t arrivals[2];  // barriers that count the bytes of `trees` which have come from the cluster's blocks
+  };
 
-  __device__ __forceinline__ uint32_t slot() const { return block_ * blockDim.x + threadIdx.x; }
-  __device__ __forceinline__ uint32_t num_slots() const { return blocks_ * blockDim.x; }
-  // Before the first of(): no block writes into another that has not begun.
+  // begin() stands between this and the first sum.
+  __device__ __forceinline__ explicit RowSum(Room& room)
+      : room_(room), blocks_(ptx::cluster_size()), block_(ptx::cluster_rank()) {
+    if (blocks_ == 1) return;
+    if (threadIdx.x == 0) {
+      ptx::init_barrier(&room.arrivals[0], 1);
+      ptx::init_barrier(&room.arrivals[1], 1);
+    }
+    ptx::cluster_arrive();
+  }
+  // No block sends to another that has not begun.
   __device__ __forceinline__ void begin() const {
     if (blocks_ > 1) ptx::cluster_wait();
   }
 
+  __device__ __forceinline__ uint32_t num_blocks() const { return blocks_; }
+  __device__ __forceinline__ uint32_t slot() const { return block_ * blockDim.x + threadIdx.x; }
+  __device__ __forceinline__ uint32_t num_slots() const { return blocks_ * blockDim.x; }
+
   __device__ __forceinline__ float of(float slot_total) {
-    float total = of_warp(slot_total);
+    const float total = of_warp(slot_total);
     const uint32_t num_trees = num_slots() / kTree, lane = threadIdx.x % kTree;
     if (num_trees == 1) return total;
-    float* const trees = trees_[turn_];
-    turn_ ^= 1;  // a warp may still read the other
+    const uint32_t half = count_ % 2;
+    float* const trees = room_.trees[half];
     if (blocks_ == 1) {
       if (lane == 0) trees[slot() / kTree] = total;
       __syncthreads();
     } else {
-      if (lane < blocks_) ptx::store_shared(trees + slot() / kTree, lane, total);
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
+      uint64_t* const arrivals = &room_.arrivals[half];
+      if (threadIdx.x == 0) ptx::arrive_expecting(arrivals, num_trees * sizeof(float));
+      if (lane < blocks_) ptx::store_async(trees + slot() / kTree, arrivals, lane, total);
+      ptx::await_phase(arrivals, count_ / 2 % 2);
     }
+    ++count_;
     return of_warp(lane < num_trees ? trees[lane] : 0.0f);
   }
 
@@ -133,9 +149,9 @@ class RowSum {
     return v;
   }
 
-  float (*trees_)[kTree];
+  Room& room_;
   const uint32_t blocks_, block_;
-  uint32_t turn_ = 0;
+  uint32_t count_ = 0;
 };
 
 // Rows one after the other, each a block's: new_residual = sums + residual, normed = its norm. Any length of a row; a
@@ -147,17 +163,18 @@ struct NormMessage {
   void* normed;  // may be `sums`
   void* new_residual;
   int64_t hidden;
+  RowLength length;
   Norm norm;
 };
 
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant__ NormMessage m) {
-  __shared__ float trees[2][kTree];
+  __shared__ RowSum::Room room;
   const int64_t hidden = m.hidden, groups = row_groups(hidden);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * hidden;
   const auto row = [&](const void* array) { return static_cast<const typename T::Bits*>(array) + first; };
   const auto row_of = [&](void* array) { return static_cast<typename T::Bits*>(array) + first; };
-  RowSum sum(trees);
+  RowSum sum(room);
   float v[kGroup], other[kGroup];
   float total = 0.0f;
   // The total of what each group adds, in their order.
@@ -180,7 +197,7 @@ __global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant_
     store_group<T, kWhole>(row_of(m.new_residual), hidden, g, v);
     return m.norm.layer ? sum_of_group(v) : sum_of_squares(v);
   });
-  const float mean = m.norm.layer ? divide(first_sum, static_cast<float>(hidden)) : 0.0f;
+  const float mean = m.norm.layer ? divide(first_sum, m.length) : 0.0f;
   const auto reload = [&](int64_t g) {
     load_group<T, kWhole>(row(m.new_residual), hidden, g, v);
     if (m.norm.layer) subtract_mean(v, mean, present(hidden, g));
@@ -189,7 +206,7 @@ __global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant_
     reload(g);
     return sum_of_squares(v);
   });
-  const float factor = norm_factor(squares, hidden, m.norm.eps);
+  const float factor = norm_factor(squares, m.length, m.norm.eps);
   for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
     reload(g);
     load_weights<T, kWhole>(m.weight, hidden, g, other);

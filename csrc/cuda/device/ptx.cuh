@@ -87,7 +87,7 @@ __device__ __forceinline__ void launch_next_kernel() {
 }
 
 // Clusters of blocks: how many blocks are in this one's, and which of them this is; a barrier of all their threads, in
-// two halves; and a store into the shared memory of block `block`, where `p` is in one's own.
+// two halves.
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size = 1;
 #if __CUDA_ARCH__ >= 900
@@ -112,15 +112,56 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void store_shared(float* p, uint32_t block, float value) {
+
+// A barrier in shared memory that counts arrivals and bytes. A phase of it ends when `arrivals` threads have arrived
+// and all bytes that they expected have come. Made before a cluster barrier, other blocks may use it after that.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t arrivals) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)),
+      "r"(arrivals)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+// Waits for the end of a phase: of the first, third, ... (parity 0) or of the others (parity 1).
+__device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t ended = 0;
+  while (ended == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.try_wait.parity.shared.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n"
+        "}"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+// A store into the shared memory of block `block` of the cluster, which its barrier counts. `p` and `barrier` are where
+// they are in one's own.
+__device__ __forceinline__ void store_async(float* p, uint64_t* barrier, uint32_t block, float value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.f32 [remote], %2;\n"
-      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
-      "r"(block), "f"(value)
+      ".reg .b32 place, counted;\n"
+      "mapa.shared::cluster.u32 place, %0, %2;\n"
+      "mapa.shared::cluster.u32 counted, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [place], %3, [counted];\n"
+      "}" ::"r"(shared_address(p)),
+      "r"(shared_address(barrier)), "r"(block), "f"(value)
       : "memory");
 #endif
 }

@@ -110,8 +110,8 @@ def test_a_wrong_element_fails_the_run(
     row = Row(1024, 512, "bfloat16", "sum", figures, ())
 
     @contextlib.contextmanager
-    def ranks(_: object) -> Iterator[bench._Ranks]:
-        yield bench._Ranks(2, "cpu", True, "not bound", lambda fn, *args: row if args else "shm")
+    def ranks(_: object) -> Iterator[bench.Ranks]:
+        yield bench.Ranks(2, "cpu", True, "not bound", lambda fn, *args: row if args else "shm")
 
     monkeypatch.setattr(bench, "_own_ranks", ranks)
     assert main(["bench", "--sizes", "1K"]) == status
@@ -168,5 +168,5 @@ def test_timed_values_stay_finite(world: int, dtype: torch.dtype) -> None:
     ("value", "text"),
     [(0.0, "0"), (0.01234, "0.0123"), (0.2, "0.200"), (9.876, "9.88"), (9.999, "10.0"), (98765, "98800")],
 )
-def test_three_digits(value: float, text: str) -> None:
-    assert report._text(value) == text
+def test_rounded(value: float, text: str) -> None:
+    assert report.rounded(value) == text

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
-import tiny_decoder
 import torch
 from cases import Ranks, generator
+from torch import Tensor
 
+from sgl_comm import ops
 from sgl_comm.layers import LayerGroups, ParallelConfig
+from sgl_comm.models import ModelConfig, Step3p5, Unsharded
 from sgl_comm.testing import RankContext, bits_equal
+
+Options = Sequence[dict[str, Any]]
 
 A2A = "all_to_all_single"
 
@@ -28,15 +33,15 @@ CONFIGS = [
 STACKS = ["D", "M", *map("".join, itertools.product("DM", repeat=3))]
 """Layers, dense or MoE: each kind with each before and behind it, as the first, the last, and both."""
 
-OPTIONS = [
+OPTIONS: Options = [
     *(
         {"allow_mlp_allreduce_fusion": fuse, "allow_reduce_scatter": scatter}
         for fuse in (False, True)
         for scatter in (False, True)
     ),
-    {"mlp_reduces": True},
+    {"all_reduce": ops.all_reduce},
 ]
-"""Who reduces an MLP's output, and how: the same bits whoever does."""
+"""Who reduces an MLP's output, and how, and at last with no fused op at all: the same bits whoever does."""
 
 TOKENS = {
     1: [(5,), (8,), (1,), (0,)],
@@ -46,27 +51,41 @@ TOKENS = {
 """How many tokens each attention-TP group has; the first of a list for every stack, the others for one."""
 
 
-def wrong_outputs(ctx: RankContext, config: ParallelConfig, options: Sequence[dict[str, bool]]) -> list[str]:
+def prompt_of(groups: LayerGroups, tokens: Sequence[int], *seed: object) -> Tensor:
+    """One sequence for this rank's attention-TP group; says how many tokens there are."""
+    groups.set_num_tokens(tokens)
+    ids = torch.randint(ModelConfig.vocab_size, (1, sum(tokens)), generator=generator(*seed, tokens))
+    return ids.split(tokens, 1)[groups.attn_dp_rank]
+
+
+def outputs(ctx: RankContext, config: ModelConfig, groups: LayerGroups, ids: Tensor, options: Options) -> list[Tensor]:
+    """Logits of a prompt, for each way to reduce."""
+    found, first = [], None
+    for option in options:
+        model = Step3p5(config, groups, ctx.group, **{**OPTIONS[0], **option}, weights_of=first)
+        first = first or model
+        found.append(model(ids, model.make_cache(1, ids.size(1))))
+    return found
+
+
+def wrong_outputs(ctx: RankContext, config: ParallelConfig, options: Options) -> list[str]:
     """What differs from the undivided decoder, of all stacks of a layout."""
     wrong = []
     with LayerGroups(config, ctx.group, ctx.device) as groups:
         for stack in STACKS:
-            decoder = tiny_decoder.make(stack)
+            shape = ModelConfig(stack)
+            whole = Unsharded(shape)
             counts = TOKENS[config.attn_dp_size]
             for tokens in counts if stack == "MDM" else counts[:1]:
-                inputs = torch.randn(sum(tokens), tiny_decoder.HIDDEN, generator=generator(stack, tokens)).split(tokens)
-                x = inputs[groups.attn_dp_rank]
-                expected = tiny_decoder.whole(decoder, x)
-                groups.set_num_tokens(tokens)
-                outputs = []
-                for option in options:
-                    parts = tiny_decoder.parts(decoder, config, groups, ctx.group, **option)
-                    outputs.append(tiny_decoder.run(decoder, parts, x))
-                    bound = 1e-5 * expected.abs().max() if x.numel() else 0
-                    off = (outputs[-1] - expected).abs()
+                ids = prompt_of(groups, tokens, stack)
+                expected = whole(ids, whole.make_cache(1, ids.size(1)))
+                bound = 1e-5 * expected.abs().max() if ids.numel() else 0
+                found = outputs(ctx, shape, groups, ids, options)
+                for option, output in zip(options, found, strict=True):
+                    off = (output - expected).abs()
                     if off.shape != expected.shape or not (off <= bound).all():
                         wrong.append(f"{stack} with {tokens} tokens, {option}: off by {off}, at most {bound}")
-                    elif not bits_equal(outputs[-1], outputs[0]):
+                    elif not bits_equal(output, found[0]):
                         wrong.append(f"{stack} with {tokens} tokens, {option}: other bits than {options[0]}")
     return wrong
 
@@ -76,37 +95,29 @@ def test_every_layout_equals_the_undivided_decoder(config: ParallelConfig) -> No
     Ranks("cpu", config.tp_size).all_right(wrong_outputs, config, OPTIONS)
 
 
-def other_bits(ctx: RankContext, config: ParallelConfig, options: Sequence[dict[str, bool]]) -> list[str]:
+def other_bits(ctx: RankContext, config: ParallelConfig, options: Options) -> list[str]:
     """What differs in bfloat16 between the ways to reduce an MLP's output."""
     wrong = []
     with LayerGroups(config, ctx.group, ctx.device) as groups:
-        tokens = TOKENS[config.attn_dp_size][0]
-        groups.set_num_tokens(tokens)
-        x = torch.randn(tokens[groups.attn_dp_rank], tiny_decoder.HIDDEN, generator=generator(tokens)).bfloat16()
         for stack in STACKS:
-            decoder = tiny_decoder.make(stack, torch.bfloat16)
-            outputs = [
-                tiny_decoder.run(decoder, tiny_decoder.parts(decoder, config, groups, ctx.group, **option), x)
-                for option in options
-            ]
-            wrong += [stack for output in outputs if not bits_equal(output, outputs[0])]
+            ids = prompt_of(groups, TOKENS[config.attn_dp_size][0], stack)
+            first, *others = outputs(ctx, ModelConfig(stack, dtype=torch.bfloat16), groups, ids, options)
+            wrong += [stack for output in others if not bits_equal(output, first)]
     return wrong
 
 
 @pytest.mark.parametrize("layout", [(2, 1, False), (4, 2, True), (4, 4, True)], ids=str)
 def test_bits_do_not_depend_on_who_reduces(layout: tuple[int, int, bool]) -> None:
-    Ranks("cpu", layout[0]).all_right(other_bits, ParallelConfig(*layout), OPTIONS[:-1])
+    Ranks("cpu", layout[0]).all_right(other_bits, ParallelConfig(*layout), OPTIONS)
 
 
 def wrong_compiled(ctx: RankContext, config: ParallelConfig, option: dict[str, bool], backend: str) -> list[str]:
     with LayerGroups(config, ctx.group, ctx.device) as groups, torch.no_grad():
-        decoder = tiny_decoder.make("DMM")
-        groups.set_num_tokens([3] * config.attn_dp_size)
-        parts = tiny_decoder.parts(decoder, config, groups, ctx.group, **option)
-        x = torch.randn(3, tiny_decoder.HIDDEN, generator=generator("compiled"))
-        expected = tiny_decoder.run(decoder, parts, x)
+        model = Step3p5(ModelConfig("DM", qk_norm=False), groups, **option)
+        ids = prompt_of(groups, [3] * config.attn_dp_size, "compiled")
+        expected = model(ids, model.make_cache(1, 3))
         torch._dynamo.reset()
-        found = torch.compile(lambda x: tiny_decoder.run(decoder, parts, x), backend=backend, fullgraph=True)(x)
+        found = torch.compile(model, backend=backend, fullgraph=True)(ids, model.make_cache(1, 3))
     bound = 0.0 if backend == "aot_eager" else 1e-5 * expected.abs().max()
     return [] if (found - expected).abs().max() <= bound else [f"off by {(found - expected).abs().max()}"]
 

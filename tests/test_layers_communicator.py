@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import tiny_decoder
 import torch
 import torch.distributed as dist
 from cases import error_text
@@ -24,6 +23,8 @@ from sgl_comm.layers import (
     ScatterMode,
     final_norm,
 )
+from sgl_comm.models import ModelConfig, Step3p5
+from sgl_comm.models.blocks import Place
 from sgl_comm.testing import RankContext, run_ranks
 
 A2A = "all_to_all_single"
@@ -59,28 +60,30 @@ def collectives_of_layers(ctx: RankContext, config: ParallelConfig, stack: str, 
     """What each layer does in prepare_attn | prepare_mlp | postprocess_layer."""
     told = []
     with LayerGroups(config, ctx.group, ctx.device) as groups:
-        decoder = tiny_decoder.make(stack)
+        model = Step3p5(ModelConfig(stack), groups, ctx.group, **{**NEITHER, **options})
         groups.set_num_tokens([3] * config.attn_dp_size)
-        hidden, residual = torch.ones(3, tiny_decoder.HIDDEN), None
-        for part in tiny_decoder.parts(decoder, config, groups, ctx.group, **options):
+        cache = model.make_cache(1, 3)
+        place = Place.behind(cache, 3, model.config)
+        hidden, residual = torch.ones(3, model.config.hidden_size), None
+        for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
             with Collectives(groups) as attn:
-                hidden, residual = part.comm.prepare_attn(hidden, residual)
-            output = part.attention(hidden)
+                hidden, residual = layer.comm.prepare_attn(hidden, residual)
+            output = layer.attention(hidden, keys, values, place)
             with Collectives(groups) as mlp:
-                hidden, residual = part.comm.prepare_mlp(output, residual)
-            output = part.mlp(hidden)
+                hidden, residual = layer.comm.prepare_mlp(output, residual)
             with Collectives(groups) as after:
-                hidden, residual = part.comm.postprocess_layer(output, residual)
-            assert part.comm.should_fuse_mlp_allreduce_with_next_layer() == isinstance(hidden, PartialSum)
-            assert part.comm.should_use_reduce_scatter() == ("RS tp" in after.seen)
+                hidden, residual = layer.comm.postprocess_layer(layer.mlp(hidden), residual)
+            assert layer.comm.should_fuse_mlp_allreduce_with_next_layer() == isinstance(hidden, PartialSum)
+            assert layer.comm.should_use_reduce_scatter() == ("RS tp" in after.seen)
             told.append(" | ".join(", ".join(stage.seen) for stage in (attn, mlp, after)))
         with Collectives(groups) as final:
-            final_norm(groups, decoder.norm, hidden, residual)
+            final_norm(groups, model.ends.norm, hidden, residual)
         assert not final.seen
     return told
 
 
 TP4, DP2, DP4 = (4, 1, False), (4, 2, True), (4, 4, True)
+NEITHER = {"allow_mlp_allreduce_fusion": False, "allow_reduce_scatter": False}
 FUSE, SCATTER = {"allow_mlp_allreduce_fusion": True}, {"allow_reduce_scatter": True}
 
 COUNTS: list[tuple[tuple[Any, ...], str, dict[str, bool], list[str]]] = [

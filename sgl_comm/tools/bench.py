@@ -12,6 +12,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,39 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench", help="time all-reduce beside gloo, or NCCL and symmetric memory", description=__doc__
     )
-    parser.add_argument("--world", type=int, help="ranks to start (default 2; under torchrun it decides)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there are two GPUs, else cpu")
+    add_common_arguments(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--min-bytes", type=parse_bytes, default="1K", metavar="BYTES")
     parser.add_argument("--max-bytes", type=parse_bytes, default="16M", metavar="BYTES")
     parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
     parser.add_argument("--sizes", type=parse_bytes, nargs="+", metavar="BYTES", help="these sizes instead")
-    parser.add_argument("--iters", type=int, default=50, help="samples a size (default 50)")
-    parser.add_argument(
-        "--no-bind", dest="bind", action="store_false", help="let the system move CPU ranks among cores"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--in-place", dest="in_place", action="store_true", default=True, help="the default")
     form.add_argument("--out-of-place", dest="in_place", action="store_false")
     parser.set_defaults(main=functools.partial(main, parser=parser))
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark that runs on ranks is asked."""
+    parser.add_argument("--world", type=int, help="ranks to start (default 2; under torchrun it decides)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there are two GPUs, else cpu")
+    parser.add_argument("--iters", type=int, default=50, help="samples of each figure (default 50)")
+    parser.add_argument(
+        "--no-bind", dest="bind", action="store_false", help="let the system move CPU ranks among cores"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+
+
+def check_common_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends the program where they cannot be."""
+    if args.iters < 1:
+        parser.error("--iters must be at least 1")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: no such folder: {args.json.absolute().parent}")
+    if args.world is not None and args.world < 1:
+        parser.error("--world must be at least 1")
+    if args.device == "cuda" and torch.cuda.device_count() == 0:
+        parser.error("--device cuda: torch sees no GPU")
 
 
 def parse_bytes(text: str) -> int:
@@ -77,20 +95,15 @@ def parse_bytes(text: str) -> int:
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Runs the benchmark; 0 if every element of every result was right, else 1."""
-    if args.factor < 2 or args.iters < 1:
-        parser.error("--factor must be at least 2 and --iters at least 1")
+    check_common_arguments(args, parser)
+    if args.factor < 2:
+        parser.error("--factor must be at least 2")
     if args.min_bytes > args.max_bytes:
         parser.error("--min-bytes must not be above --max-bytes")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json: no such folder: {args.json.absolute().parent}")
-    if args.world is not None and args.world < 1:
-        parser.error("--world must be at least 1")
-    if args.device == "cuda" and torch.cuda.device_count() == 0:
-        parser.error("--device cuda: torch sees no GPU")
 
     options = Options(args.dtype, args.in_place, args.iters)
     sizes = args.sizes or list(_steps(args.min_bytes, args.max_bytes, args.factor))
-    with _torchrun_ranks(args) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else _own_ranks(args) as ranks:
+    with ranks_of(args) as ranks:
         setting: dict[str, Any] = {
             **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
             "ranks": ranks.placing, "dtype": args.dtype, "form": "in place" if args.in_place else "out of place",
@@ -110,7 +123,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ranks:
+class Ranks:
     """The ranks, seen from here. ``measure(fn, *args)`` calls fn(ctx, *args) on all and gives rank 0's result."""
 
     world: int
@@ -120,18 +133,23 @@ class _Ranks:
     measure: Callable[..., Any]
 
 
+def ranks_of(args: argparse.Namespace) -> AbstractContextManager[Ranks]:
+    """Torchrun's, where it has started this process; else new ones, as the common arguments want them."""
+    return _torchrun_ranks(args) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else _own_ranks(args)
+
+
 @contextlib.contextmanager
-def _own_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
+def _own_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     world = args.world or 2
     device = args.device or ("cuda" if world >= 2 and torch.cuda.device_count() >= 2 else "cpu")
     with RankPool(world, device) as pool:
         bound = device == "cpu" and args.bind and all(pool.run(bind_to_a_core))
         placing = "bound to a core each" if bound else "not bound"
-        yield _Ranks(world, device, True, placing, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
+        yield Ranks(world, device, True, placing, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
 
 
 @contextlib.contextmanager
-def _torchrun_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
+def _torchrun_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     kind = args.device or ("cuda" if gpus >= local >= 2 else "cpu")
     device = torch.device(kind)
@@ -146,7 +164,7 @@ def _torchrun_ranks(args: argparse.Namespace) -> Iterator[_Ranks]:
         assert group is not None
         with sgl_comm.init(group, device=device) as comm:
             ctx = RankContext(dist.get_rank(), dist.get_world_size(), device, group, comm)
-            yield _Ranks(ctx.world, kind, ctx.rank == 0, "as torchrun placed them", lambda fn, *a: fn(ctx, *a))
+            yield Ranks(ctx.world, kind, ctx.rank == 0, "as torchrun placed them", lambda fn, *a: fn(ctx, *a))
     finally:
         _contenders.cache_clear()  # a gloo group that outlives the interpreter aborts the process
         dist.destroy_process_group()
@@ -223,7 +241,7 @@ def _count_wrong(ctx: RankContext, contender: Contender, numel: int, dtype: torc
         able = 1
     except RuntimeError:
         able = 0
-    if _sum_over_ranks(ctx, able) != ctx.world:
+    if sum_over_ranks(ctx, able) != ctx.world:
         return None
     try:
         result = contender.run()
@@ -231,17 +249,18 @@ def _count_wrong(ctx: RankContext, contender: Contender, numel: int, dtype: torc
         if contender.exact:
             raise
         able = 0
-    if _sum_over_ranks(ctx, able) != ctx.world:
+    if sum_over_ranks(ctx, able) != ctx.world:
         return None
     if contender.exact:
         wrong = wrong_elements(result, reference.all_reduce(inputs))
     else:
         exact, size = (sum(x.float() for x in terms) for terms in (inputs, [x.abs() for x in inputs]))
         wrong = (result.float() - exact).abs() > ctx.world * torch.finfo(dtype).eps * size
-    return _sum_over_ranks(ctx, int(wrong.sum()))
+    return sum_over_ranks(ctx, int(wrong.sum()))
 
 
-def _sum_over_ranks(ctx: RankContext, value: int) -> int:
+def sum_over_ranks(ctx: RankContext, value: int) -> int:
+    """The total of every rank's number; collective."""
     total = torch.tensor(value)
     dist.all_reduce(total, group=ctx.group)
     return int(total)

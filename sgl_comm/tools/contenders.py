@@ -107,11 +107,24 @@ def contenders(group: dist.ProcessGroup, group_name: str, device: torch.device, 
         device: this rank's device.
         in_place: which form of each to use.
     """
-    ours = SglComm(group_name, in_place)
+    ours, theirs = SglComm(group_name, in_place), peer_group(group, device)
+    if theirs is None:
+        return [ours]
+    shots = ("one_shot", "two_shot") if device.type == "cuda" else ()
+    return [
+        ours,
+        ProcessGroup(*theirs, in_place),
+        *(SymmetricMemory(algorithm, theirs[1], in_place) for algorithm in shots),
+    ]
+
+
+def peer_group(group: dist.ProcessGroup, device: torch.device) -> tuple[str, dist.ProcessGroup] | None:
+    """What torch itself has for tensors of this device, with its name: gloo, or an NCCL group made here (collective).
+
+    None where ranks share a GPU, which neither NCCL nor symmetric memory can.
+    """
     if device.type == "cpu":
-        return [ours, ProcessGroup("gloo", group, in_place)]
+        return "gloo", group
     if group.size() > torch.cuda.device_count():
-        return [ours]  # ranks share a GPU: neither NCCL nor symmetric memory can
-    nccl = dist.new_group(dist.get_process_group_ranks(group), backend="nccl")
-    shots = [SymmetricMemory(algorithm, nccl, in_place) for algorithm in ("one_shot", "two_shot")]
-    return [ours, ProcessGroup("nccl", nccl, in_place), *shots]
+        return None
+    return "nccl", dist.new_group(dist.get_process_group_ranks(group), backend="nccl")

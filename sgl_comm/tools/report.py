@@ -17,8 +17,8 @@ def significant(value: float, digits: int = 3) -> float:
     return round(value, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0.0
 
 
-def _text(value: float) -> str:
-    """Three significant digits, no exponent, and no more than two decimals from 0.1 on."""
+def rounded(value: float) -> str:
+    """As text: three significant digits, no exponent, and no more than two decimals from 0.1 on."""
     value = significant(value)
     decimals = max(0, 2 - math.floor(math.log10(value))) if value else 0
     return f"{value:.{min(decimals, 4)}f}"
@@ -76,15 +76,20 @@ class Row:
         return {name: significant(figures.median_us / self.ours.median_us) for name, figures in self.best().items()}
 
 
+def print_setting(setting: Mapping[str, Any]) -> None:
+    """What a table's figures were measured on, above it."""
+    for name, value in setting.items():
+        if value is not None:
+            print(f"# {name}: {value}")
+
+
 class Table:
     """Prints the setting at once, the headings with the first row, and each row as it comes."""
 
     def __init__(self, setting: Mapping[str, Any]) -> None:
         self.setting = setting
         self.competitors: list[str] | None = None
-        for name, value in setting.items():
-            if value is not None:
-                print(f"# {name}: {value}")
+        print_setting(setting)
         print(
             "# time, p99: over samples, each the slowest rank's mean; #wrong: over all ranks and contenders",
             flush=True,
@@ -98,10 +103,12 @@ class Table:
             self._print_headings()
         ours = row.ours
         line = f"{row.size:>12} {row.count:>12} {row.type:>9} {row.redop:>6}"
-        line += f" {_text(ours.median_us):>9} {_text(ours.p99_us):>9} {_text(ours.algbw):>7} {_text(ours.busbw):>7}"
+        line += (
+            f" {rounded(ours.median_us):>9} {rounded(ours.p99_us):>9} {rounded(ours.algbw):>7} {rounded(ours.busbw):>7}"
+        )
         line += f" {row.wrong:>7}"
         for name in self.competitors:
-            time, ratio = (_text(best[name].median_us), _text(ratios[name])) if name in best else ("-", "-")
+            time, ratio = (rounded(best[name].median_us), rounded(ratios[name])) if name in best else ("-", "-")
             line += f" {time:>9} {ratio:>7}"
         print(line, flush=True)
 

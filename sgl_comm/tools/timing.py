@@ -109,8 +109,9 @@ def time_graphs(
     group: dist.ProcessGroup,
     samples: int,
     capture: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    calls: int | None = None,
 ) -> list[Timing]:
-    """Times CUDA graphs of 20 calls (100 for small tensors) on rotating buffers, the contenders taking turns.
+    """Times CUDA graphs of many calls on rotating buffers, the contenders taking turns.
 
     A sample is: fresh values, a barrier of the hosts, one replay to fall into step, then one replay between two
     events, with nothing in between that waits for the host.
@@ -120,8 +121,10 @@ def time_graphs(
         group: the ranks; must accept CPU tensors.
         samples: how many.
         capture: a context in which ``Communicator`` allows capturing.
+        calls: how many a graph has; None for 20, or 100 of small tensors.
     """
-    calls = 100 if x.numel() * x.element_size() <= _SMALL_BYTES else 20
+    if calls is None:
+        calls = 100 if x.numel() * x.element_size() <= _SMALL_BYTES else 20
     num_buffers = max(_MIN_BUFFERS_GPU, math.ceil(2 * calls / calls_until_overflow(x.dtype, group.size())))
     graphs = []
     for contender in contenders:

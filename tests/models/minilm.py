@@ -1,8 +1,9 @@
 """all-MiniLM-L6-v2 (BERT, 6 layers) in plain PyTorch, fp32, sharded over the ranks of a group.
 
 Each rank holds a contiguous share of the attention heads and of the MLP's hidden units. Two projections a layer, the
-attention's and the MLP's output, are split along their input; their partial products are summed by
-``torch.ops.sgl_comm.all_reduce``, and the bias is added after that, once. Everything else is computed on every rank.
+attention's and the MLP's output, are split along their input, and ``tp_attn_all_reduce_and_layernorm`` sums their
+partial products, adds the residual and normalises. A projection's bias must be added once: it is in rank 0's product,
+and comes before the residual as in the model that is not split. Everything else is computed on every rank.
 With ``world=1`` nothing is split and nothing is reduced.
 """
 
@@ -62,21 +63,6 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowParallelLinear:
-    """A Linear of which this rank holds some of the inputs: reduced over the group, then the bias is added."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    group_name: str | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight)
-        if self.group_name is not None:
-            y = torch.ops.sgl_comm.all_reduce(y, self.group_name)
-        return y + self.bias
-
-
-@dataclasses.dataclass(frozen=True)
 class LayerNorm:
     """LayerNorm over the last dimension."""
 
@@ -89,6 +75,25 @@ class LayerNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class OutputAndNorm:
+    """LayerNorm of a residual plus a Linear of which this rank holds some of the inputs; ``bias`` on rank 0 only."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: LayerNorm
+    group_name: str | None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y, norm = F.linear(x, self.weight, self.bias), self.norm
+        if self.group_name is None:
+            return norm(residual + y)
+        normed, _ = torch.ops.sgl_comm.tp_attn_all_reduce_and_layernorm(
+            y, residual, norm.weight, norm.bias, norm.eps, "layer", group_name=self.group_name
+        )
+        return normed
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One encoder layer: this rank's heads and hidden units. x and the result are (sentences, tokens, hidden)."""
 
@@ -96,15 +101,13 @@ class Layer:
     query: Linear
     key: Linear
     value: Linear
-    attention_output: RowParallelLinear
-    attention_norm: LayerNorm
+    attention_output: OutputAndNorm
     intermediate: Linear
-    output: RowParallelLinear
-    output_norm: LayerNorm
+    output: OutputAndNorm
 
     def __call__(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        x = self.attention_norm(x + self.attention_output(self.attend(x, mask)))
-        return self.output_norm(x + self.output(F.gelu(self.intermediate(x))))
+        x = self.attention_output(self.attend(x, mask), x)
+        return self.output(F.gelu(self.intermediate(x)), x)
 
     def attend(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's heads, side by side: (sentences, tokens, local heads * head size)."""
@@ -134,11 +137,14 @@ class _Weights:
     def linear(self, name: str) -> Linear:
         return Linear(self.share(f"{name}.weight", 0), self.share(f"{name}.bias", 0))
 
-    def row_parallel(self, name: str, group_name: str | None) -> RowParallelLinear:
-        return RowParallelLinear(self.share(f"{name}.weight", 1), self.whole(f"{name}.bias"), group_name)
-
     def norm(self, name: str, eps: float) -> LayerNorm:
         return LayerNorm(self.whole(f"{name}.weight"), self.whole(f"{name}.bias"), eps)
+
+    def output_and_norm(self, name: str, eps: float, group_name: str | None) -> OutputAndNorm:
+        bias = self.whole(f"{name}.dense.bias") if self.rank == 0 else None
+        return OutputAndNorm(
+            self.share(f"{name}.dense.weight", 1), bias, self.norm(f"{name}.LayerNorm", eps), group_name
+        )
 
 
 class MiniLM:
@@ -177,11 +183,9 @@ class MiniLM:
             query=weights.linear(f"{name}.attention.self.query"),
             key=weights.linear(f"{name}.attention.self.key"),
             value=weights.linear(f"{name}.attention.self.value"),
-            attention_output=weights.row_parallel(f"{name}.attention.output.dense", group_name),
-            attention_norm=weights.norm(f"{name}.attention.output.LayerNorm", eps),
+            attention_output=weights.output_and_norm(f"{name}.attention.output", eps, group_name),
             intermediate=weights.linear(f"{name}.intermediate.dense"),
-            output=weights.row_parallel(f"{name}.output.dense", group_name),
-            output_norm=weights.norm(f"{name}.output.LayerNorm", eps),
+            output=weights.output_and_norm(f"{name}.output", eps, group_name),
         )
 
     def embed(self, batch: Batch) -> torch.Tensor:

@@ -41,11 +41,11 @@ SGL_HOST_DEVICE float add(float a, float b) {
 // A row's length, for divisions by it.
 struct RowLength {
   float value;
-  float inverse;  // 1 / value, rounded
+  double inverse;  // 1 / value, rounded
 };
 inline RowLength row_length(int64_t hidden) {
   const float value = static_cast<float>(hidden);
-  return {value, 1.0f / value};
+  return {value, 1.0 / value};
 }
 
 SGL_HOST_DEVICE float divide(float a, RowLength length) {

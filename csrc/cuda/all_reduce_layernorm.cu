@@ -104,15 +104,10 @@ void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm,
 }
 
 void normalise(const LayerNormCall& call, const Tensor& sums, Tensor& normed, Tensor& new_residual) {
-  const device::NormMessage message{sums.const_data_ptr(),
-                                    call.residual.const_data_ptr(),
-                                    weights_of(call.weight),
-                                    weights_of(call.bias),
-                                    normed.mutable_data_ptr(),
-                                    new_residual.mutable_data_ptr(),
-                                    call.hidden,
-                                    row_length(call.hidden),
-                                    call.norm};
+  const device::NormMessage message{
+      sums.const_data_ptr(), call.residual.const_data_ptr(), weights_of(call.weight),
+      weights_of(call.bias), normed.mutable_data_ptr(),      new_residual.mutable_data_ptr(),
+      call.hidden,           row_length(call.hidden),        call.norm};
   bool whole = call.hidden % kGroup == 0;
   for (const void* p : {message.sums, message.residual, message.weight.data, message.bias.data}) {
     whole = whole && aligned(p, device::kPackBytes);

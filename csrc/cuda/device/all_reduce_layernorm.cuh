@@ -160,8 +160,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
             if (!kTwoShot) {
               sum_up(p, own[n]);
             } else if (p.owner != rank) {
-              uint8_t* const place =
-                  banks + (bank + sums + place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
+              uint8_t* const place = banks + (bank + sums + place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
               if (trouble == kFine) trouble = await_pack(group, place, p.owner, own[n]);
               if (!m.defer) *reinterpret_cast<uint4*>(place) = sentinel_pack();
               if (trouble != kFine) own[n] = sentinel_pack();

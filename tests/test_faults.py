@@ -253,7 +253,7 @@ def _all_nan(x: Tensor) -> bool:
     return x.numel() > 0 and bool(x.isnan().all())
 
 
-def wait_in_vain_on_gpu(ctx: RankContext, how: str, count: int, absent: int) -> Abandoned | None:
+def wait_in_vain_on_gpu(ctx: RankContext, how: str, op: str, count: int, absent: int) -> Abandoned | None:
     """All ranks but one call, or replay a graph of calls, and wait for the result."""
     group = dist.new_group(list(range(ctx.world)))
     comm = sgl_comm.init(group, ctx.device)
@@ -261,6 +261,10 @@ def wait_in_vain_on_gpu(ctx: RankContext, how: str, count: int, absent: int) -> 
     outs: list[Tensor] = []
 
     def calls() -> None:
+        if op == "norm":
+            norm = sgl_comm.ops.tp_attn_all_reduce_and_layernorm
+            outs[:] = norm(x, torch.zeros_like(x), torch.full_like(x, ctx.world), None, 0.0, group_name=comm.group_name)
+            return
         outs[:] = [comm.all_reduce(x), x.clone()]
         comm.all_reduce_(outs[1])
 
@@ -322,13 +326,17 @@ def gpu_pool() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("count", [1000, 4 << 20], ids=["one_shot", "ring"])
+@pytest.mark.parametrize(
+    ("op", "count"),
+    [("sum", 1000), ("sum", 4 << 20), ("norm", 1000), ("norm", 16384)],
+    ids=["one_shot", "ring", "norm of a row a block", "norm of long rows"],
+)
 @pytest.mark.parametrize("how", ["eager", "graph"])
 def test_a_gpu_rank_that_never_calls_is_named_when_the_time_is_up(
-    gpu_pool: Callable[[int], RankPool], how: str, count: int, world: int
+    gpu_pool: Callable[[int], RankPool], how: str, op: str, count: int, world: int
 ) -> None:
     absent = 1
-    results = gpu_pool(world).run(wait_in_vain_on_gpu, how, count, absent, deadline=60)
+    results = gpu_pool(world).run(wait_in_vain_on_gpu, how, op, count, absent, deadline=60)
     for rank, result in enumerate(results):
         if rank == absent:
             continue

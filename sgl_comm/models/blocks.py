@@ -236,7 +236,7 @@ class LayerWeights:
 
     @classmethod
     def make(cls, config: ModelConfig, number: int, device: torch.device) -> LayerWeights:
-        """Random, and alike wherever it is made."""
+        """Random, and alike on all devices of a kind."""
         draw = _Draw(config, number, device)
         hidden, size, sparse = config.hidden_size, config.head_size, config.layers[number] == "M"
         rows = (config.heads + 2 * config.kv_heads) * size + config.heads * config.head_gate
@@ -271,7 +271,7 @@ class Ends:
 
     @classmethod
     def make(cls, config: ModelConfig, device: torch.device) -> Ends:
-        """Random, and alike wherever it is made."""
+        """Random, and alike on all devices of a kind."""
         draw, shape = _Draw(config, len(config.layers), device), (config.vocab_size, config.hidden_size)
         return cls(draw.matrix(*shape, inputs=1), draw.norm(config.hidden_size), draw.matrix(*shape))
 
@@ -279,14 +279,14 @@ class Ends:
 class _Draw:
     def __init__(self, config: ModelConfig, number: int, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.generator = torch.Generator().manual_seed(config.seed << 16 | number)  # on the CPU: alike on all devices
+        self.generator = torch.Generator(device).manual_seed(config.seed << 16 | number)
 
     def matrix(self, *shape: int, inputs: int | None = None) -> Tensor:
         """Keeps the size of numbers: divided by the root of how many inputs are added up."""
-        values = torch.randn(shape, generator=self.generator) / (inputs or shape[-1]) ** 0.5
-        return values.to(self.device, self.config.dtype)
+        values = torch.randn(shape, generator=self.generator, device=self.device) / (inputs or shape[-1]) ** 0.5
+        return values.to(self.config.dtype)
 
     def norm(self, size: int) -> Norm:
         offset = self.config.norm_weight_offset
-        weight = 1 - offset + 0.1 * torch.randn(size, generator=self.generator)
-        return Norm(weight.to(self.device, self.config.dtype), eps=self.config.eps, weight_offset=offset)
+        weight = 1 - offset + 0.1 * torch.randn(size, generator=self.generator, device=self.device)
+        return Norm(weight.to(self.config.dtype), eps=self.config.eps, weight_offset=offset)

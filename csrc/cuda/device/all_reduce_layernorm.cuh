@@ -23,23 +23,80 @@ struct LayerNormMessage {
   bool late;   // the next launch may begin only when this one is nearly done, which leaves room for more blocks
 };
 
-// Which packs of a row-major array of rows are this thread's: of each row those of its slot, kGroups groups at most.
-template <typename T, int kGroups>
-struct RowPacks {
-  static constexpr int kCount = kGroups * kGroupPacks<T>;  // of a row
-  const int slot, slots, groups;
-
-  __device__ __forceinline__ bool has_group(int u) const { return slot + u * slots < groups; }
-  __device__ __forceinline__ bool has(int n) const { return has_group(n / kGroupPacks<T>); }
-  __device__ __forceinline__ int at(int row, int n) const {
-    return (row * groups + slot + n / kGroupPacks<T> * slots) * kGroupPacks<T> + n % kGroupPacks<T>;
+// The push protocol by packs, of which each has an owner that sums it. One-shot: every rank owns all, and the whole
+// message lies in the bank, as in one_shot.cuh. Two-shot: each owns a shard and passes its sums on, as in two_shot.cuh.
+template <typename T, int kWorld, bool kTwoShot>
+class PackSums {
+ public:
+  // packs: of the message; two-shot: of a shard.
+  __device__ __forceinline__ PackSums(const PushView& view, uint32_t packs, bool defer)
+      : view_(view),
+        packs_(packs),
+        defer_(defer),
+        rank_(ptx::in_register(view.group.rank)),
+        banks_(ptx::in_register(banks_of(view, view.group.rank))),
+        peers_(view, packs * kPackBytes) {}
+  __device__ __forceinline__ uint64_t ready() const {
+    return peers_.ready() | reinterpret_cast<uint64_t>(banks_) | rank_;
   }
-  __device__ __forceinline__ void load(const void* array, int row, uint4 (&packs)[kCount]) const {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      if (has(n)) packs[n] = ptx::load_input(static_cast<const uint4*>(array) + at(row, n));
+  __device__ __forceinline__ void begin(const Start& start) {
+    bank_ = bank_offset(view_, start.bank());
+    trouble_ = start.trouble();
+  }
+
+  // What a launch leaves full if it defers the emptying.
+  __device__ __forceinline__ uint32_t left_full() const {
+    return defer_ ? (kTwoShot ? 2 : 1) * (kWorld - 1) * packs_ : 0;
+  }
+  __device__ __forceinline__ bool owns(int i) const { return !kTwoShot || of(i).owner == rank_; }
+  __device__ __forceinline__ Trouble trouble() const { return trouble_; }
+
+  __device__ __forceinline__ void push(int i, uint4 pack) const {
+    const ShardPack p = of(i);
+    const uint64_t offset = bank_ + p.j * kPackBytes;
+    if (!kTwoShot) {
+      peers_.push(offset, without_sentinel(pack));
+    } else if (p.owner != rank_) {
+      ptx::store_relaxed_sys(banks_of(view_, p.owner) + (offset + place_of_sender(rank_, p.owner) * stride()),
+                             without_sentinel(pack));
     }
   }
+
+  // Of a pack that this rank owns: from its own part to the sum, or NaN in trouble.
+  __device__ __forceinline__ void sum_up(int i, uint4& pack) {
+    const uint64_t offset = bank_ + of(i).j * kPackBytes;
+    uint8_t* const places = banks_ + offset;
+    uint4 sum;
+    if (trouble_ == kFine) trouble_ = receive_and_sum<T, kWorld>(view_.group, places, stride(), pack, sum);
+    if (!defer_) empty_places<kWorld>(places, stride());
+    pack = trouble_ == kFine ? sum : sentinel_pack();
+    if (kTwoShot && trouble_ == kFine) Peers<kWorld>(view_, stride()).push(sums() + offset, without_sentinel(sum));
+  }
+
+  // The sum of a pack that another rank owns, or NaN.
+  __device__ __forceinline__ void receive(int i, uint4& pack) {
+    const ShardPack p = of(i);
+    uint8_t* const place = banks_ + (bank_ + sums() + place_of_sender(p.owner, rank_) * stride() + p.j * kPackBytes);
+    if (trouble_ == kFine) trouble_ = await_pack(view_.group, place, p.owner, pack);
+    if (!defer_) *reinterpret_cast<uint4*>(place) = sentinel_pack();
+    if (trouble_ != kFine) pack = sentinel_pack();
+  }
+
+ private:
+  __device__ __forceinline__ ShardPack of(int i) const {
+    return kTwoShot ? shard_pack<kWorld>(i, packs_) : ShardPack{0, i};
+  }
+  __device__ __forceinline__ uint32_t stride() const { return packs_ * kPackBytes; }
+  __device__ __forceinline__ uint32_t sums() const { return (kWorld - 1) * stride(); }
+
+  const PushView& view_;
+  const uint32_t packs_;
+  const bool defer_;
+  const int rank_;
+  uint8_t* const banks_;
+  const Peers<kWorld> peers_;
+  uint64_t bank_ = 0;
+  Trouble trouble_ = kFine;
 };
 
 // How many blocks a multiprocessor is to hold at least, where a thread has so many packs of a row.
@@ -47,24 +104,16 @@ constexpr int row_blocks(int packs, int world, bool once) { return packs == 1 &&
 
 // A row is a block's, or a cluster's, which takes one (kOnce) or several. A thread that has missed a peer goes on with
 // NaN, so that the block stays together; its rows become NaN.
-//
-// One-shot: the whole message lies in the bank, as in one_shot.cuh. Two-shot: as in two_shot.cuh, the owner of a pack
-// sums it and passes the sum on, and all its sums before it waits for others'. It keeps them in `normed`.
 template <typename T, int kWorld, bool kTwoShot, int kGroups, bool kOnce>
 __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::kCount, kWorld, kOnce))
     all_reduce_layernorm_kernel(const __grid_constant__ LayerNormMessage m) {
   using Packs = RowPacks<T, kGroups>;
-  constexpr int kCount = Packs::kCount;
   __shared__ RowSum::Room room;
   const GroupView& group = m.view.group;
   RowSum row_sum(room);
-  const int groups = m.hidden / kGroup, num_packs = m.rows * groups * kGroupPacks<T>;
-  const Packs packs{static_cast<int>(row_sum.slot()), static_cast<int>(row_sum.num_slots()), groups};
+  const Packs packs(row_sum, m.hidden);
   const int first_row = blockIdx.x / row_sum.num_blocks(), row_step = gridDim.x / row_sum.num_blocks();
-  const uint32_t stride = (kTwoShot ? m.shard_packs : num_packs) * kPackBytes, sums = (kWorld - 1) * stride;
-  const uint32_t rank = ptx::in_register(group.rank);
-  uint8_t* const banks = ptx::in_register(banks_of(m.view, group.rank));
-  const Peers<kWorld> peers(m.view, stride);
+  PackSums<T, kWorld, kTwoShot> sums(m.view, kTwoShot ? m.shard_packs : m.rows * packs.of_row(), m.defer);
   // Calls visit(row) for each row of this block, and next(row) before each but the first.
   const auto each_row = [&](auto&& visit, auto&& next) {
     for (int row = first_row;;) {
@@ -74,140 +123,64 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
       next(row);
     }
   };
-  const auto owner_of = [&](int i) { return kTwoShot ? shard_pack<kWorld>(i, m.shard_packs) : ShardPack{0, i}; };
-  ptx::wait_for_previous_kernel(peers.ready() | reinterpret_cast<uint64_t>(banks) | rank);
+  ptx::wait_for_previous_kernel(sums.ready());
   if (kOnce || !m.late) ptx::launch_next_kernel();
 
-  uint4 own[kCount]{}, residual[kCount]{};
+  typename Packs::Array own{}, residual{};
   packs.load(m.in, first_row, own);  // asked for before the epoch
   const Start start = read_start<false>(group);
-  const uint64_t bank = bank_offset(m.view, start.bank());
-  Trouble trouble = start.trouble();
-  if (trouble == kFine) {
-    uint4 pushed[kCount];
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) pushed[n] = own[n];
-    each_row(
-        [&](int row) {
-#pragma unroll
-          for (int n = 0; n < kCount; ++n) {
-            if (!packs.has(n)) continue;
-            const ShardPack p = owner_of(packs.at(row, n));
-            const uint64_t offset = bank + p.j * kPackBytes;
-            if (!kTwoShot) {
-              peers.push(offset, without_sentinel(pushed[n]));
-            } else if (p.owner != rank) {
-              ptx::store_relaxed_sys(banks_of(m.view, p.owner) + (offset + place_of_sender(rank, p.owner) * stride),
-                                     without_sentinel(pushed[n]));
-            }
-          }
-        },
-        [&](int row) { packs.load(m.in, row, pushed); });
+  sums.begin(start);
+  if (start.trouble() == kFine) {
+    typename Packs::Array pushed;
+    packs.copy(own, pushed);
+    each_row([&](int row) { packs.each(row, [&](int n, int i) { sums.push(i, pushed[n]); }); },
+             [&](int row) { packs.load(m.in, row, pushed); });
   }
-  const Entry entry = enter<false>(group, start, m.defer ? (kTwoShot ? 2 * sums / kPackBytes : sums / kPackBytes) : 0);
+  const Entry entry = enter<false>(group, start, sums.left_full());
   packs.load(m.residual, first_row, residual);
-  float weight[kGroups][kGroup], bias[kGroups][kGroup];
-#pragma unroll
-  for (int u = 0; u < kGroups; ++u) {
-    if (!packs.has_group(u)) continue;
-    load_weights<T, true>(m.weight, m.hidden, packs.slot + u * packs.slots, weight[u]);
-    if (m.bias.data != nullptr) load_weights<T, true>(m.bias, m.hidden, packs.slot + u * packs.slots, bias[u]);
-  }
+  const RowWeights<T, kGroups> weights(packs, m.weight, m.bias);
   row_sum.begin();
-  if (trouble == kFine) {
+  if (start.trouble() == kFine) {
     empty_previous(m.view, start, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   }
 
-  // Of a pack that is summed here: own -> sum.
-  const auto sum_up = [&](const ShardPack& p, uint4& pack) {
-    uint8_t* const places = banks + (bank + p.j * kPackBytes);
-    uint4 sum;
-    if (trouble == kFine) trouble = receive_and_sum<T, kWorld>(group, places, stride, pack, sum);
-    if (!m.defer) empty_places<kWorld>(places, stride);
-    pack = trouble == kFine ? sum : sentinel_pack();
-    if (kTwoShot && trouble == kFine) {
-      Peers<kWorld>(m.view, stride).push(bank + sums + p.j * kPackBytes, without_sentinel(sum));
-    }
-  };
-  if constexpr (kTwoShot) {
+  if constexpr (kTwoShot) {  // all sums before any wait for another's; those of later rows wait in `normed`
     each_row(
         [&](int row) {
-#pragma unroll
-          for (int n = 0; n < kCount; ++n) {
-            const int i = packs.at(row, n);
-            const ShardPack p = owner_of(i);
-            if (!packs.has(n) || p.owner != rank) continue;
+          packs.each(row, [&](int n, int i) {
+            if (!sums.owns(i)) return;
             uint4 pack = row == first_row ? own[n] : ptx::load_input(static_cast<const uint4*>(m.in) + i);
-            sum_up(p, pack);
-            if (row == first_row) {
-              own[n] = pack;
-            } else {
-              static_cast<uint4*>(m.normed)[i] = pack;
-            }
-          }
+            sums.sum_up(i, pack);
+            (row == first_row ? own[n] : static_cast<uint4*>(m.normed)[i]) = pack;
+          });
         },
         [](int) {});
   }
   each_row(
       [&](int row) {
-        float v[kGroups][kGroup];
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-          float lanes[T::kLanes]{};
-          if (packs.has(n)) {
-            const int i = packs.at(row, n);
-            const ShardPack p = owner_of(i);
-            if (!kTwoShot) {
-              sum_up(p, own[n]);
-            } else if (p.owner != rank) {
-              uint8_t* const place = banks + (bank + sums + place_of_sender(p.owner, rank) * stride + p.j * kPackBytes);
-              if (trouble == kFine) trouble = await_pack(group, place, p.owner, own[n]);
-              if (!m.defer) *reinterpret_cast<uint4*>(place) = sentinel_pack();
-              if (trouble != kFine) own[n] = sentinel_pack();
-            } else if (row != first_row) {
-              own[n] = ptx::load_input(static_cast<const uint4*>(m.normed) + i);
-            }
-            const uint4 terms[2] = {own[n], residual[n]};
-            const uint4 sum = sum_in_order<T>(terms);
-            static_cast<uint4*>(m.new_residual)[i] = sum;
-            T::unpack(sum, lanes);
+        float v[kGroups][kGroup]{};
+        packs.each(row, [&](int n, int i) {
+          if (!kTwoShot) {
+            sums.sum_up(i, own[n]);
+          } else if (!sums.owns(i)) {
+            sums.receive(i, own[n]);
+          } else if (row != first_row) {
+            own[n] = ptx::load_input(static_cast<const uint4*>(m.normed) + i);
           }
-#pragma unroll
-          for (int k = 0; k < T::kLanes; ++k) v[n / kGroupPacks<T>][n % kGroupPacks<T> * T::kLanes + k] = lanes[k];
-        }
-        const auto total = [&](auto&& value) {
-          float sum = value(v[0]);
-#pragma unroll
-          for (int u = 1; u < kGroups; ++u) {
-            if (packs.has_group(u)) sum = add(sum, value(v[u]));
-          }
-          return row_sum.of(sum);
-        };
-        if (m.norm.layer) {
-          const float mean = divide(total([](const float(&x)[kGroup]) { return sum_of_group(x); }), m.length);
-#pragma unroll
-          for (int u = 0; u < kGroups; ++u) subtract_mean(v[u], mean, packs.has_group(u) ? kGroup : 0);
-        }
-        const float squares = total([](const float(&x)[kGroup]) { return sum_of_squares(x); });
-        const float factor = norm_factor(squares, m.length, m.norm.eps);
-#pragma unroll
-        for (int u = 0; u < kGroups; ++u) {
-          if (!packs.has_group(u)) continue;
-          scale(v[u], factor, weight[u], m.norm.weight_offset);
-          if (m.bias.data != nullptr) {
-#pragma unroll
-            for (int k = 0; k < kGroup; ++k) v[u][k] = add(v[u][k], bias[u][k]);
-          }
-          store_group<T, true>(static_cast<uint4*>(m.normed) + row * groups * kGroupPacks<T>, m.hidden,
-                               packs.slot + u * packs.slots, v[u]);
-        }
+          const uint4 terms[2] = {own[n], residual[n]};
+          const uint4 sum = sum_in_order<T>(terms);
+          static_cast<uint4*>(m.new_residual)[i] = sum;
+          packs.widen(sum, n, v);
+        });
+        normalise<T>(v, packs, weights, m.norm, m.length, row_sum);
+        packs.store(m.normed, row, v);
       },
       [&](int row) {
         if (!kTwoShot) packs.load(m.in, row, own);
         packs.load(m.residual, row, residual);
       });
   if (!kOnce && m.late) ptx::launch_next_kernel();
-  if (!leave(entry)) trouble = kOverlap;
+  const Trouble trouble = leave(entry) ? sums.trouble() : kOverlap;
   if (trouble != kFine) fail_group(group, kWorld, trouble, kAllReduceLayerNorm, start.epoch());
 }
 

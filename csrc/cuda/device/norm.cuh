@@ -154,6 +154,105 @@ class RowSum {
   uint32_t count_ = 0;
 };
 
+// Which packs of a row-major array of rows are this thread's: of each row those of its slot, kGroups groups at most.
+template <typename T, int kGroups>
+class RowPacks {
+ public:
+  static constexpr int kCount = kGroups * kGroupPacks<T>;  // of a row
+  using Array = uint4[kCount];
+
+  // hidden: a multiple of kGroup.
+  __device__ __forceinline__ RowPacks(const RowSum& sum, int hidden)
+      : slot_(sum.slot()), slots_(sum.num_slots()), groups_(hidden / kGroup) {}
+
+  __device__ __forceinline__ int hidden() const { return groups_ * kGroup; }
+  __device__ __forceinline__ int of_row() const { return groups_ * kGroupPacks<T>; }
+  __device__ __forceinline__ int group(int u) const { return slot_ + u * slots_; }
+  __device__ __forceinline__ bool has_group(int u) const { return group(u) < groups_; }
+
+  // Calls visit(n, i) for each of them in a row: the n-th, which is pack i of the array.
+  template <typename Visit>
+  __device__ __forceinline__ void each(int row, Visit&& visit) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int u = n / kGroupPacks<T>;
+      if (has_group(u)) visit(n, (row * groups_ + group(u)) * kGroupPacks<T> + n % kGroupPacks<T>);
+    }
+  }
+  __device__ __forceinline__ void load(const void* array, int row, Array& packs) const {
+    each(row, [&](int n, int i) { packs[n] = ptx::load_input(static_cast<const uint4*>(array) + i); });
+  }
+  __device__ __forceinline__ void copy(const Array& from, Array& to) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) to[n] = from[n];
+  }
+  // The n-th pack, as what its lanes are of `v`.
+  __device__ __forceinline__ void widen(uint4 pack, int n, float (&v)[kGroups][kGroup]) const {
+    float lanes[T::kLanes];
+    T::unpack(pack, lanes);
+#pragma unroll
+    for (int k = 0; k < T::kLanes; ++k) v[n / kGroupPacks<T>][n % kGroupPacks<T> * T::kLanes + k] = lanes[k];
+  }
+  __device__ __forceinline__ void store(void* array, int row, const float (&v)[kGroups][kGroup]) const {
+#pragma unroll
+    for (int u = 0; u < kGroups; ++u) {
+      if (has_group(u)) store_group<T, true>(static_cast<uint4*>(array) + row * of_row(), hidden(), group(u), v[u]);
+    }
+  }
+
+ private:
+  const int slot_, slots_, groups_;
+};
+
+// The weights and biases of a thread's groups.
+template <typename T, int kGroups>
+struct RowWeights {
+  float weight[kGroups][kGroup], bias[kGroups][kGroup];
+  const bool biased;
+
+  __device__ __forceinline__ RowWeights(const RowPacks<T, kGroups>& packs, const Weights& weights,
+                                        const Weights& biases)
+      : biased(biases.data != nullptr) {
+#pragma unroll
+    for (int u = 0; u < kGroups; ++u) {
+      if (!packs.has_group(u)) continue;
+      load_weights<T, true>(weights, packs.hidden(), packs.group(u), weight[u]);
+      if (biased) load_weights<T, true>(biases, packs.hidden(), packs.group(u), bias[u]);
+    }
+  }
+};
+
+// The norm of a row, in place, of which each thread has some groups; `v` of others is 0. Needs all threads of the row.
+template <typename T, int kGroups>
+__device__ __forceinline__ void normalise(float (&v)[kGroups][kGroup], const RowPacks<T, kGroups>& packs,
+                                          const RowWeights<T, kGroups>& weights, const Norm& norm, RowLength length,
+                                          RowSum& row_sum) {
+  const auto total = [&](auto&& value) {
+    float sum = value(v[0]);
+#pragma unroll
+    for (int u = 1; u < kGroups; ++u) {
+      if (packs.has_group(u)) sum = add(sum, value(v[u]));
+    }
+    return row_sum.of(sum);
+  };
+  if (norm.layer) {
+    const float mean = divide(total([](const float(&x)[kGroup]) { return sum_of_group(x); }), length);
+#pragma unroll
+    for (int u = 0; u < kGroups; ++u) subtract_mean(v[u], mean, packs.has_group(u) ? kGroup : 0);
+  }
+  const float squares = total([](const float(&x)[kGroup]) { return sum_of_squares(x); });
+  const float factor = norm_factor(squares, length, norm.eps);
+#pragma unroll
+  for (int u = 0; u < kGroups; ++u) {
+    if (!packs.has_group(u)) continue;
+    scale(v[u], factor, weights.weight[u], norm.weight_offset);
+    if (weights.biased) {
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) v[u][k] = add(v[u][k], weights.bias[u][k]);
+    }
+  }
+}
+
 // Rows one after the other, each a block's: new_residual = sums + residual, normed = its norm. Any length of a row; a
 // block has row_slots(hidden) threads. Each thread reads back only what it has itself written.
 struct NormMessage {

@@ -40,8 +40,8 @@ SGL_HOST_DEVICE float add(float a, float b) {
 
 // A row's length, for divisions by it.
 struct RowLength {
-  float value;
-  double inverse;  // 1 / value, rounded
+  double value;  // as fp32 has it
+  double inverse;
 };
 inline RowLength row_length(int64_t hidden) {
   const float value = static_cast<float>(hidden);
@@ -52,7 +52,7 @@ SGL_HOST_DEVICE float divide(float a, RowLength length) {
 #ifdef __CUDA_ARCH__
   return device::quotient(a, length.value, length.inverse);
 #else
-  return a / length.value;
+  return a / static_cast<float>(length.value);
 #endif
 }
 // Of the square root, once that is rounded.

@@ -21,6 +21,9 @@ OURS = "--kernel-name=kns=sgl_comm"
 """No kernel of PyTorch is instrumented. Not where a tool must also know what those have written."""
 TOOLS = {"memcheck": (), "initcheck": (), "synccheck": (OURS,), "racecheck": (OURS,)}
 """The options of each."""
+ENVIRONMENT = {"SGL_COMM_TIMEOUT": "20", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""With the tool's own streams, those of eight ranks do not fit into the usual eight queues: two ranks would share one,
+and wait for each other."""
 FOUND = 97
 DEADLINE_S = 300
 
@@ -34,7 +37,7 @@ def sanitized(tool: str, command: list[str]) -> tuple[int, list[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=TESTS.parent,
-        env=os.environ | {"SGL_COMM_TIMEOUT": "20", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | ENVIRONMENT,
         start_new_session=True,
     )
     end = threading.Timer(DEADLINE_S, os.killpg, (run.pid, signal.SIGKILL))

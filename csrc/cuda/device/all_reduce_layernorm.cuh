@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
   const GroupView& group = m.view.group;
   RowSum row_sum(room);
   const Packs packs(row_sum, m.hidden);
-  const int first_row = blockIdx.x / row_sum.num_blocks(), row_step = gridDim.x / row_sum.num_blocks();
+  const int first_row = ptx::cluster_index(), row_step = ptx::num_clusters();
   PackSums<T, kWorld, kTwoShot> sums(m.view, kTwoShot ? m.shard_packs : m.rows * packs.of_row(), m.defer);
   // Calls visit(row) for each row of this block, and next(row) before each but the first.
   const auto each_row = [&](auto&& visit, auto&& next) {
@@ -136,9 +136,9 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
     each_row([&](int row) { packs.each(row, [&](int n, int i) { sums.push(i, pushed[n]); }); },
              [&](int row) { packs.load(m.in, row, pushed); });
   }
-  const Entry entry = enter<false>(group, start, sums.left_full());
   packs.load(m.residual, first_row, residual);
-  const RowWeights<T, kGroups> weights(packs, m.weight, m.bias);
+  const RowWeights<T, kGroups> weights(packs, m.weight), biases(packs, m.bias);
+  const Entry entry = enter<false>(group, start, sums.left_full());
   row_sum.begin();
   if (start.trouble() == kFine) {
     empty_previous(m.view, start, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
           static_cast<uint4*>(m.new_residual)[i] = sum;
           packs.widen(sum, n, v);
         });
-        normalise<T>(v, packs, weights, m.norm, m.length, row_sum);
+        normalise<T>(v, packs, weights, biases, m.norm, m.length, row_sum);
         packs.store(m.normed, row, v);
       },
       [&](int row) {

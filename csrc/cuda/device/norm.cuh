@@ -204,51 +204,81 @@ class RowPacks {
   const int slot_, slots_, groups_;
 };
 
-// The weights and biases of a thread's groups.
+// The weights or the biases of a thread's groups, as they are in memory: what is asked for early is unpacked late.
 template <typename T, int kGroups>
-struct RowWeights {
-  float weight[kGroups][kGroup], bias[kGroups][kGroup];
-  const bool biased;
-
-  __device__ __forceinline__ RowWeights(const RowPacks<T, kGroups>& packs, const Weights& weights,
-                                        const Weights& biases)
-      : biased(biases.data != nullptr) {
+class RowWeights {
+ public:
+  __device__ __forceinline__ RowWeights(const RowPacks<T, kGroups>& packs, const Weights& weights)
+      : wide_(kGroupPacks<T> == kWidePacks || weights.wide), any_(weights.data != nullptr) {
+    if (!any_) return;
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
+      const uint4* const first = static_cast<const uint4*>(weights.data) + packs.group(u) * (wide_ ? kWidePacks : 1);
       if (!packs.has_group(u)) continue;
-      load_weights<T, true>(weights, packs.hidden(), packs.group(u), weight[u]);
-      if (biased) load_weights<T, true>(biases, packs.hidden(), packs.group(u), bias[u]);
+      packs_[u][0] = ptx::load_input(first);
+      if (wide_) packs_[u][1] = ptx::load_input(first + 1);
     }
   }
+  __device__ __forceinline__ explicit operator bool() const { return any_; }
+
+  __device__ __forceinline__ void get(int u, float (&v)[kGroup]) const {
+    float lanes[Float32::kLanes];
+    if (wide_) {
+#pragma unroll
+      for (int q = 0; q < kWidePacks; ++q) {
+        Float32::unpack(packs_[u][q], lanes);
+#pragma unroll
+        for (int k = 0; k < Float32::kLanes; ++k) v[q * Float32::kLanes + k] = lanes[k];
+      }
+    } else if constexpr (T::kLanes == kGroup) {
+      T::unpack(packs_[u][0], v);
+    }
+  }
+
+ private:
+  static constexpr int kWidePacks = kGroupPacks<Float32>;
+
+  uint4 packs_[kGroups][kWidePacks];
+  const bool wide_, any_;
 };
 
 // The norm of a row, in place, of which each thread has some groups; `v` of others is 0. Needs all threads of the row.
 template <typename T, int kGroups>
 __device__ __forceinline__ void normalise(float (&v)[kGroups][kGroup], const RowPacks<T, kGroups>& packs,
-                                          const RowWeights<T, kGroups>& weights, const Norm& norm, RowLength length,
-                                          RowSum& row_sum) {
-  const auto total = [&](auto&& value) {
-    float sum = value(v[0]);
+                                          const RowWeights<T, kGroups>& weights, const RowWeights<T, kGroups>& biases,
+                                          const Norm& norm, RowLength length, RowSum& row_sum) {
+  float all;
+#pragma unroll 1
+  for (bool centred = !norm.layer;; centred = true) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int u = 1; u < kGroups; ++u) {
-      if (packs.has_group(u)) sum = add(sum, value(v[u]));
+    for (int u = 0; u < kGroups; ++u) {
+      float terms[kGroup];
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) terms[k] = centred ? mul(v[u][k], v[u][k]) : v[u][k];
+      if (u == 0) {
+        sum = sum_of_group(terms);
+      } else if (packs.has_group(u)) {
+        sum = add(sum, sum_of_group(terms));
+      }
     }
-    return row_sum.of(sum);
-  };
-  if (norm.layer) {
-    const float mean = divide(total([](const float(&x)[kGroup]) { return sum_of_group(x); }), length);
+    all = row_sum.of(sum);
+    if (centred) break;
+    const float mean = divide(all, length);
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) subtract_mean(v[u], mean, packs.has_group(u) ? kGroup : 0);
   }
-  const float squares = total([](const float(&x)[kGroup]) { return sum_of_squares(x); });
-  const float factor = norm_factor(squares, length, norm.eps);
+  const float factor = norm_factor(all, length, norm.eps);
 #pragma unroll
   for (int u = 0; u < kGroups; ++u) {
     if (!packs.has_group(u)) continue;
-    scale(v[u], factor, weights.weight[u], norm.weight_offset);
-    if (weights.biased) {
+    float other[kGroup];
+    weights.get(u, other);
+    scale(v[u], factor, other, norm.weight_offset);
+    if (biases) {
+      biases.get(u, other);
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) v[u][k] = add(v[u][k], weights.bias[u][k]);
+      for (int k = 0; k < kGroup; ++k) v[u][k] = add(v[u][k], other[k]);
     }
   }
 }

@@ -86,8 +86,22 @@ __device__ __forceinline__ void launch_next_kernel() {
 #endif
 }
 
-// Clusters of blocks: how many blocks are in this one's, and which of them this is; a barrier of all their threads, in
-// two halves.
+// Clusters of blocks. How many there are, which of them is this block's, how many blocks it has, and which of those
+// this is; and a barrier of all its threads, in two halves, which orders nothing but what init_barrier() has done.
+__device__ __forceinline__ uint32_t num_clusters() {
+  uint32_t count = gridDim.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+#endif
+  return count;
+}
+__device__ __forceinline__ uint32_t cluster_index() {
+  uint32_t index = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+#endif
+  return index;
+}
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size = 1;
 #if __CUDA_ARCH__ >= 900
@@ -104,7 +118,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 }
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {

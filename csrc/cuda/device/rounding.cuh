@@ -10,12 +10,12 @@
 
 namespace sgl_comm::device {
 
-// a / b, where `inverse` is 1 / b, rounded. In fp64, in which nothing underflows and a quotient that lies halfway
-// between two numbers of fp32 comes out exact; so that no branch is needed.
-__device__ __forceinline__ float quotient(float a, float b, double inverse) {
-  const double x = a, y = b;
+// a / b, of fp32 both, where `inverse` is 1 / b, rounded. In fp64, in which nothing underflows and a quotient that lies
+// halfway between two numbers of fp32 comes out exact; so that no branch is needed.
+__device__ __forceinline__ float quotient(float a, double b, double inverse) {
+  const double x = a;
   const double q = x * inverse;
-  const double rest = fma(-q, y, x);
+  const double rest = fma(-q, b, x);
   const double corrected = fma(rest, inverse, q);
   return __double2float_rn(a == 0.0f || rest != rest ? q : corrected);  // 0 keeps its sign; infinity leaves NaN over
 }

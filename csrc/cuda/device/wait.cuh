@@ -52,9 +52,10 @@ __device__ __forceinline__ Start read_start(const GroupView& group) {
 // What a block's first thread keeps from enter() to leave().
 struct Entry {
   Control* own;
-  uint32_t before;     // what other blocks had added to `started`
+  uint32_t before;     // `started`, the end of it, when this block added to it
+  uint32_t epoch;      // the same of the epoch alone
   uint32_t most;       // of this launch, that can have been added
-  uint32_t remainder;  // `before` when this block's addition makes up kEpoch
+  uint32_t remainder;  // what others have added when this block's addition makes up kEpoch
   uint32_t next_baton;
 };
 
@@ -63,14 +64,19 @@ struct Entry {
 template <bool kShared>
 __device__ __forceinline__ Entry enter(const GroupView& group, const Start& start, uint32_t packs) {
   if (!kShared) __syncthreads();  // all have read the start
-  if (threadIdx.x != 0) return {};
-  Control* const own = control_of(group, group.rank);
-  const uint32_t others = gridDim.x - 1, all = static_cast<uint32_t>(kEpoch);
-  const uint32_t addition = ptx::in_register(blockIdx.x == 0 ? all - others : 1);
-  const unsigned long long before = atomicAdd(&own->started, addition);
-  const uint32_t next_baton = ptx::in_register(Baton::unpacked(start.baton).next(packs).packed());
-  const uint32_t most = ptx::in_register(blockIdx.x == 0 ? others : all - 1);
-  return {own, static_cast<uint32_t>(before - start.epoch() * kEpoch), most, all - addition, next_baton};
+  // Not set in other threads: the first would then wait for its addition's answer.
+  Entry entry;
+  if (threadIdx.x == 0) {
+    const uint32_t others = gridDim.x - 1, all = static_cast<uint32_t>(kEpoch);
+    const uint32_t addition = ptx::in_register(blockIdx.x == 0 ? all - others : 1);
+    entry.own = control_of(group, group.rank);
+    entry.before = static_cast<uint32_t>(atomicAdd(&entry.own->started, addition));
+    entry.epoch = static_cast<uint32_t>(start.epoch() * kEpoch);
+    entry.most = ptx::in_register(blockIdx.x == 0 ? others : all - 1);
+    entry.remainder = all - addition;
+    entry.next_baton = ptx::in_register(Baton::unpacked(start.baton).next(packs).packed());
+  }
+  return entry;
 }
 
 // Marks the group as failed: here, at every peer, and in the host's memory.
@@ -108,8 +114,9 @@ __device__ __forceinline__ void fail_group(const GroupView& group, int world, Tr
 // seen; it may then wait in vain, until its deadline.
 __device__ __forceinline__ bool leave(const Entry& entry) {
   if (threadIdx.x != 0) return true;
-  if (entry.before == entry.remainder) entry.own->baton = entry.next_baton;
-  return entry.before <= entry.most;
+  const uint32_t added = entry.before - entry.epoch;  // by other blocks; known here, since enter() need not wait for it
+  if (added == entry.remainder) entry.own->baton = entry.next_baton;
+  return added <= entry.most;
 }
 
 // A wait begins with so many polls of nothing but what is awaited, less than two milliseconds, in a loop of its own.

@@ -54,7 +54,9 @@ std::tuple<Tensor, Tensor> refuse_all_reduce_layernorm(const Tensor& hidden_stat
                                                        double eps, const Text& norm, double weight_offset,
                                                        const Text&) {
   check_layernorm(hidden_states, residual, weight, bias, eps, norm, weight_offset);
-  fail("sgl_comm::", kAllReduceLayerNorm, ": got ", describe(hidden_states), "; expected tensors on the CPU or on a CUDA device that the package is built for");
+  fail(
+      "sgl_comm::", kAllReduceLayerNorm, ": got ", describe(hidden_states),
+      "; expected tensors on the CPU, or on a CUDA device and the package built with CUDA (see sgl_comm.build_info())");
 }
 
 }  // namespace

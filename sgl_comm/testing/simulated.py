@@ -2,6 +2,8 @@
 
 Good for timing kernels against kernels (there is no link in between) and for compute-sanitizer. All ranks' blocks must
 fit on the GPU at once, which the communicators see to, and buffers should exist before a kernel waits for its peers.
+Streams must not share one of the driver's queues, of which there are 8 unless CUDA_DEVICE_MAX_CONNECTIONS is set: a
+rank's second kernel, which waits for its first one, would hold up another rank's.
 """
 
 from __future__ import annotations

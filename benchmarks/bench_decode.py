@@ -1,6 +1,7 @@
 """A decode step of a tensor-parallel decoder: with this package, and the same model on NCCL or gloo.
 
-Run alone it starts its own ranks; under torchrun it is one of them. In CUDA graphs on GPUs. Weights are random.
+Run alone it starts its own ranks; under torchrun it is one of them. In CUDA graphs on GPUs. Weights are random. What is
+compared is the sums: the model on NCCL or gloo has this package's norm, in a kernel of its own.
 
     python benchmarks/bench_decode.py --world 2
     torchrun --nproc-per-node 8 benchmarks/bench_decode.py --model llama --layers 8 --batch 1 8 --json out.json
@@ -178,7 +179,7 @@ def expected_of(whole: Unsharded, batch: int, context: int) -> tuple[Tensor, Ten
 def count_wrong(
     ctx: RankContext, everyone: Sequence[Decode], prompt: Tensor, added: Tensor, expected: Tensor, graphs: bool
 ) -> list[int]:
-    """Wrong logits of each contender over all ranks, and tokens that are others in a CUDA graph."""
+    """Wrong logits of each contender over all ranks, and tokens of the exact ones that are others in a CUDA graph."""
     found = [logits_of(each.model, prompt, added) for each in everyone]
     bound = BOUNDS[expected.dtype] * expected.float().abs().max()
     counts = []
@@ -187,7 +188,7 @@ def count_wrong(
         if each.exact:
             wrong |= wrong_elements(logits, found[0])
         count = int(wrong.sum())
-        if graphs:
+        if graphs and each.exact:  # another library may choose another algorithm in a graph
             eager, captured = (greedy(each.model, prompt, CHECKED_STEPS, graph=graph) for graph in (False, True))
             count += int((eager != captured).sum())
         counts.append(bench.sum_over_ranks(ctx, count))

@@ -6,11 +6,22 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPES, Ranks, differs, error_text, generator, group_without_shared_memory, name_of, ranks_on
+from cases import (
+    DTYPES,
+    Ranks,
+    capturing,
+    differs,
+    error_text,
+    generator,
+    group_without_shared_memory,
+    name_of,
+    ranks_on,
+)
 from torch import Tensor
 
 import sgl_comm
@@ -79,8 +90,13 @@ def full_cross() -> Iterator[Case]:
 
 
 def other_sizes() -> Iterator[Case]:
-    for hidden, dtype, norm in itertools.product((1, 384, 512, 2880, 5120, 7168, 8192, 16384, 16400), DTYPES, NORMS):
+    """Also such as do not fill the threads of a cluster's blocks, and several rows for each of those."""
+    sizes = (1, 384, 512, 2880, 4104, 5120, 5376, 7168, 7936, 8192, 8200, 12296, 16384, 16400)
+    for hidden, dtype, norm in itertools.product(sizes, DTYPES, NORMS):
         yield Case(3, hidden, dtype, norm, wide_weights=hidden % 512 == 0)
+    for tokens, hidden in ((9, 5376), (150, 5376), (140, 7936), (40, 12296), (60, 16384), (300, 4096)):
+        for dtype, norm in zip(DTYPES, NORMS[1:], strict=True):
+            yield Case(tokens, hidden, dtype, norm)
 
 
 def many_tokens() -> Iterator[Case]:
@@ -213,10 +229,12 @@ def every_layout(ctx: RankContext) -> list[str]:
     states = [torch.randn(shape, generator=random_bits) for _ in range(ctx.world)]
     residual, weight = torch.randn(shape, generator=random_bits), torch.randn(40, generator=random_bits)
     expected = reference.tp_attn_all_reduce_and_layernorm(states, residual, weight, None, EPS)
+    states, expected = [[x.to(ctx.device) for x in tensors] for tensors in (states, expected)]
+    residual, weight = residual.to(ctx.device), weight.to(ctx.device)
     for number, layout in enumerate(layouts):
         mine = layouts[(number + ctx.rank) % len(layouts)](states[ctx.rank])
         other = layout(residual)
-        strided = weight.repeat_interleave(2)[::2]
+        strided = weight.repeat_interleave(2)[::2] if number % 2 else torch.cat([weight[:1], weight])[1:]
         results = sgl_comm.ops.tp_attn_all_reduce_and_layernorm(
             mine.tensor, other.tensor, strided, None, EPS, group_name=group
         )
@@ -229,8 +247,37 @@ def every_layout(ctx: RankContext) -> list[str]:
     return wrong
 
 
-def test_every_layout() -> None:
-    Ranks("cpu", 3).all_right(every_layout)
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (3,)), *ranks_on("cuda", (3,))])
+def test_every_layout(ranks: Ranks) -> None:
+    ranks.all_right(every_layout)
+
+
+def kernels_of_graphs(ctx: RankContext, path: str) -> list[str]:
+    """What is wrong with how many launches a call takes, as a captured graph shows them."""
+    wrong = []
+    for tokens, hidden, fused in (
+        (1, 4096, True), (7, 5376, True), (40, 12296, True), (200, 4096, True), (5, 8192, True), (3, 64, True),
+        (2, 1027, False), (2, 16392, False), (2048, 4096, False),
+    ):  # fmt: skip
+        case = Case(tokens, hidden, torch.bfloat16, NORMS[0])
+        states, *others = case.inputs(ctx.world)
+        mine, *others = (x if x is None else x.to(ctx.device) for x in (states[ctx.rank], *others))
+        graph = torch.cuda.CUDAGraph()
+        graph.enable_debug_mode()
+        with capturing(graph):
+            case.call(mine, *others, ctx.group.group_name)
+        graph.debug_dump(f"{path}.{ctx.rank}")
+        text = Path(f"{path}.{ctx.rank}").read_text()
+        together = text.count("layernorm_kernel")
+        apart = text.count("norm_kernel") - together
+        if (together > 0, apart > 0) != (fused, not fused):
+            wrong.append(f"{case}: the graph names a fused kernel {together} times, a norm {apart} times")
+    return wrong
+
+
+@pytest.mark.gpu
+def test_what_can_be_fused_is_one_launch(tmp_path: Path) -> None:
+    Ranks("cuda", 2).all_right(kernels_of_graphs, str(tmp_path / "graph"))
 
 
 def awkward_rows(ctx: RankContext) -> list[str]:

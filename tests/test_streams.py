@@ -372,12 +372,12 @@ def overlap_of_rank_0(ctx: RankContext, op: str, second: str, rank_1_comes: bool
         refused.append(error_text(lambda: outs.append(simulated_call(ranks[1], op, x))))
         torch.cuda.synchronize()
         faults = [ranks[0].fault(), *(text for text in (*refused, ranks[1].fault()) if text)]
-        right_or_nan = all(bool(((out == 2) | out.isnan()).all()) for out in outs)
+        right_or_nan = all(bool(((out == 2 + (op == "norm")) | out.isnan()).all()) for out in outs)
         all_nan = all(bool(out.isnan().all()) for out in outs)
         usable = torch.ones(4, device=device).sum().item() == 4
     with make_simulated(2, device=device.index or 0) as ranks:
         torch.cuda.synchronize()
-        sums = [simulated_call(rank, op, x) for rank in ranks]
+        sums = [simulated_call(rank, "auto" if op == "norm" else op, x) for rank in ranks]
         torch.cuda.synchronize()
         on_new_ranks = [out.unique().tolist() for out in sums]
     return Overlap(took, faults, right_or_nan, all_nan, usable, on_new_ranks)
@@ -389,7 +389,7 @@ def simulated_call(rank: SimulatedRank, op: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("second", ["graph", "eager"])
-@pytest.mark.parametrize("op", ["one_shot", "two_shot", "one_shot_ring", "two_shot_ring", "v1"])
+@pytest.mark.parametrize("op", ["one_shot", "two_shot", "one_shot_ring", "two_shot_ring", "norm", "v1"])
 def test_two_launches_at_once_are_detected(short_one_process: Pools, op: str, second: str) -> None:
     (result,) = short_one_process.of(1).run(overlap_of_rank_0, op, second, True, deadline=60)
     assert len(result.faults) >= 2, result
@@ -400,7 +400,7 @@ def test_two_launches_at_once_are_detected(short_one_process: Pools, op: str, se
     assert result.on_new_ranks == [[2.0], [2.0]]
 
 
-@pytest.mark.parametrize("op", ["one_shot", "two_shot_ring", "v1"])
+@pytest.mark.parametrize("op", ["one_shot", "two_shot_ring", "norm", "v1"])
 def test_two_launches_at_once_end_though_their_peer_never_comes(short_one_process: Pools, op: str) -> None:
     (result,) = short_one_process.of(1).run(overlap_of_rank_0, op, "graph", False, deadline=60)
     known = ("two calls ran at once on rank 0", "for rank 1, which never came")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,9 +14,9 @@ from sgl_comm import reference, testing
 from sgl_comm.testing import RankPool
 
 V2_ALGORITHMS = ("auto", "one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
-V2_OPS = (*V2_ALGORITHMS, "reduce_scatter", "all_gather")
+V2_OPS = (*V2_ALGORITHMS, "reduce_scatter", "all_gather", "norm")
 OPS = ("v1", *V2_OPS)
-"""Names of calls: V1, V2 by each algorithm, and V2's halves."""
+"""Names of calls: V1, V2 by each algorithm, V2's halves, and the fused norm, of which the new residual is looked at."""
 
 SLACK = 1 << 15
 """Elements that a row is longer than the longest window: where windows may start."""
@@ -33,7 +34,17 @@ def call(op: str, x: Tensor, group_name: str) -> Tensor:
         return sgl_comm.ops.reduce_scatter(x, group_name)
     if op == "all_gather":
         return sgl_comm.ops.all_gather(x, group_name)
+    if op == "norm":
+        rows = x.view(-1, _row_length(x.numel()))
+        norm = sgl_comm.ops.tp_attn_all_reduce_and_layernorm
+        return norm(rows, rows, rows[0], None, 1e-6, group_name=group_name)[1].view(-1)
     return sgl_comm.ops.custom_all_reduce_v2(x, group_name, op)
+
+
+def _row_length(count: int) -> int:
+    """Of rows that have so many elements together: one that can be fused, else several that can be, else one."""
+    length = count if count <= 16384 else math.gcd(count, 4096)
+    return length if length >= 8 else count
 
 
 def input_count(op: str, count: int, world: int) -> int:
@@ -84,6 +95,9 @@ class Rows:
         if op == "reduce_scatter":
             share = count // len(self._rows)
             return self._sum[start + rank * share : start + (rank + 1) * share]
+        if op == "norm":
+            terms = self._sum[start : start + count], self.window(rank, start, count)
+            return (terms[0].float() + terms[1].float()).to(terms[0].dtype)
         return self._sum[start : start + count]
 
 

@@ -47,7 +47,7 @@ Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_sh
       cluster *= 2;
     }
   }
-  const unsigned threads = slots / cluster;
+  const unsigned threads = (slots / cluster + kTree - 1) / kTree * kTree;  // whole trees; some slots may have no group
   const auto most_rows = [&](FusedRows rows, bool late) {
     const Kind kind = kind_of(call.dtype, comm.world(), rows, groups);
     return std::max<int64_t>(1, comm.limits().most_blocks(kind, threads, cluster, late) / cluster);
@@ -55,13 +55,17 @@ Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_sh
   const auto with = [&](FusedRows rows, int64_t at_once, bool late) {
     return Plan{rows, groups, Shape{Residency::evenly(call.rows, at_once) * cluster, threads, cluster}, late};
   };
+  // Where ranks share a device, blocks of another launch that came early may leave no processor whole for a large one.
+  const auto must_be_late = [&](FusedRows rows) {
+    return comm.limits().ranks > 1 && threads > 256 && kind_of(call.dtype, comm.world(), rows, groups) == Kind::kRows;
+  };
   if (!two_shot && groups == 1 && call.rows <= most_rows(FusedRows::kOne, false)) {
-    return with(FusedRows::kOne, call.rows, false);
+    return with(FusedRows::kOne, call.rows, must_be_late(FusedRows::kOne));
   }
   const FusedRows rows = two_shot ? FusedRows::kManyTwoShot : FusedRows::kMany;
   const int64_t early = most_rows(rows, false), late = most_rows(rows, true);
   const auto rounds = [&](int64_t at_once) { return (call.rows + at_once - 1) / at_once; };
-  return rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
+  return must_be_late(rows) || rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
 }
 
 // The algorithm of a fused launch, or a ring, for which there is none.

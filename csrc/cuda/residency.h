@@ -11,7 +11,8 @@
 
 namespace sgl_comm::cuda {
 
-// Kernels of one kind are launched alike; the greediest of a kind counts for all.
+// Kernels of one kind are launched alike; the greediest of a kind counts for all. Of blocks of 512 threads a
+// multiprocessor has room for one with kRows, and for two with kDenseRows.
 enum class Kind { kOneShot, kTwoShot, kGather, kRing, kPull, kRows, kDenseRows };
 
 // Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike.
@@ -26,7 +27,8 @@ struct Residency {
   static constexpr int kThreads[kSizes] = {64, 128, 256, 512};
   int blocks[kKinds][kClusters][kSizes];  // in clusters of 1, 2 and 4
   int ranks = 1;                          // that share a device
-  bool dependent_launch = true;           // the kernels that this device runs were compiled to wait for the one before
+  bool dependent_launch = true;  // the kernels that run here were compiled for what came with Hopper: to wait for the
+                                 // kernel before, and to be launched in clusters
 
   Residency() { std::fill_n(&blocks[0][0][0], kKinds * kClusters * kSizes, INT_MAX); }
 
@@ -41,6 +43,7 @@ struct Residency {
 
   // The fewest of all ranks.
   void lower_to(const Residency& other) {
+    dependent_launch &= other.dependent_launch;
     for (int k = 0; k < kKinds; ++k) {
       for (int c = 0; c < kClusters; ++c) {
         for (int s = 0; s < kSizes; ++s) blocks[k][c][s] = std::min(blocks[k][c][s], other.blocks[k][c][s]);
@@ -50,13 +53,14 @@ struct Residency {
 
   void share(int with) { ranks = with; }
 
-  // How many blocks of so many threads, at most the last of kThreads, a launch may have: all ranks' launches fit beside
-  // each other, and beside each the next one that already waits. If a launch lets the next begin only at its end, none
-  // waits beside it, but it may itself wait beside one that does not: of r ranks' launches all but one may be doubled.
+  // How many blocks of so many threads, at most the last of kThreads, a launch may have: half a device's, so that what
+  // waits on another stream fits beside it; and all ranks' launches fit beside each other, and beside each the next one
+  // that already waits. If a launch lets the next begin only at its end (late), none waits beside it, but it may itself
+  // wait beside one that does not: of r ranks' launches all but one may be doubled.
   int most_blocks(Kind kind, unsigned threads, unsigned cluster = 1, bool late = false) const {
     const int* size = std::lower_bound(kThreads, kThreads + kSizes - 1, static_cast<int>(threads));
     const int all = blocks[static_cast<int>(kind)][index_of(cluster)][size - kThreads];
-    return std::max(1, all / (late ? std::max(1, 2 * (ranks - 1)) : 2 * ranks));
+    return std::max(1, all / (2 * std::max(1, late ? ranks - 1 : ranks)));
   }
 
   // As many blocks of `threads` as `work` threads need, or fewer that all go as many rounds.

@@ -29,7 +29,7 @@ def greedy(model: Step3p5 | Unsharded, prompt: Tensor, steps: int, *, graph: boo
     ids = best(model(prompt, cache))
     model.expect_tokens(sequences)
     found = [ids]
-    step = CapturedStep(model, cache, ids) if graph and isinstance(model, Step3p5) else None
+    step = CapturedStep(model, cache, ids) if graph else None
     for _ in range(steps - 1):
         ids = best(model(ids, cache)) if step is None else step().clone()
         found.append(ids)
@@ -44,9 +44,10 @@ def best(logits: Tensor) -> Tensor:
 class CapturedStep:
     """A decode step as a CUDA graph, which goes on from the tokens it gave.
 
-    Making it is collective and leaves the cache as long as it was; ``expect_tokens`` must have been told the number of
-    sequences. Every call is collective too, and writes the next tokens, [sequences, 1], where the call before did.
-    The host waits for nothing: what a step needs to know, the length of the cache above all, is on the device.
+    Making it is collective for a divided model, as is every call. It leaves the cache as long as it was;
+    ``expect_tokens`` must have been told the number of sequences. A call writes the next tokens, [sequences, 1], where
+    the call before did. The host waits for nothing: what a step needs to know, the length of the cache above all, is on
+    the device.
 
     Args:
         model: without an all-to-all backend, whose shapes depend on the data.
@@ -54,8 +55,9 @@ class CapturedStep:
         ids: [sequences, 1], the first step's tokens.
     """
 
-    def __init__(self, model: Step3p5, cache: Cache, ids: Tensor) -> None:
+    def __init__(self, model: Step3p5 | Unsharded, cache: Cache, ids: Tensor) -> None:
         self.ids = ids.clone()
+        self._model, self._cache = model, cache  # whose memory the graph uses
         self._graph = torch.cuda.CUDAGraph()
         start = cache.length.clone()
 
@@ -64,7 +66,7 @@ class CapturedStep:
 
         stream = torch.cuda.Stream(model.device)
         stream.wait_stream(torch.cuda.current_stream(model.device))
-        with model.groups.capture():
+        with model.capture():
             with torch.cuda.stream(stream):  # kernels are loaded, and libraries have their memory, before the capture
                 step()
                 self.ids.copy_(ids)

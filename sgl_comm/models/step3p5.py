@@ -6,8 +6,10 @@ experts with a shared one, whose outputs are added up and reduced once, by the n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,10 @@ class Unsharded:
 
     def expect_tokens(self, count: int) -> None:
         """Nothing: here no tokens move."""
+
+    def capture(self) -> AbstractContextManager[object]:
+        """Within it calls may be captured in CUDA graphs."""
+        return contextlib.nullcontext()
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
         """Logits [sequences, new, vocab] of the next tokens ``ids`` [sequences, new] of the cache's sequences."""
@@ -187,6 +193,10 @@ class Step3p5:
     def expect_tokens(self, count: int) -> None:
         """Says how many rows this rank's next passes have, sequences times new tokens. Collective; the host waits."""
         self.groups.exchange_num_tokens(count)
+
+    def capture(self) -> AbstractContextManager[object]:
+        """Within it calls may be captured in CUDA graphs. Collective."""
+        return self.groups.capture()
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
         """As for ``Unsharded``, with the sequences of this rank's attention-TP group. Collective."""

@@ -66,19 +66,23 @@ class PackSums {
   __device__ __forceinline__ void sum_up(int i, uint4& pack) {
     const uint64_t offset = bank_ + of(i).j * kPackBytes;
     uint8_t* const places = banks_ + offset;
-    uint4 sum;
-    if (trouble_ == kFine) trouble_ = receive_and_sum<T, kWorld>(view_.group, places, stride(), pack, sum);
-    if (!defer_) empty_places<kWorld>(places, stride());
+    uint4 sum = sentinel_pack();
+    if (trouble_ == kFine) {
+      trouble_ = receive_and_sum<T, kWorld>(view_.group, places, stride(), pack, sum);
+      if (!defer_) empty_places<kWorld>(places, stride());
+      if (kTwoShot && trouble_ == kFine) Peers<kWorld>(view_, stride()).push(sums() + offset, without_sentinel(sum));
+    }
     pack = trouble_ == kFine ? sum : sentinel_pack();
-    if (kTwoShot && trouble_ == kFine) Peers<kWorld>(view_, stride()).push(sums() + offset, without_sentinel(sum));
   }
 
   // The sum of a pack that another rank owns, or NaN.
   __device__ __forceinline__ void receive(int i, uint4& pack) {
     const ShardPack p = of(i);
     uint8_t* const place = banks_ + (bank_ + sums() + place_of_sender(p.owner, rank_) * stride() + p.j * kPackBytes);
-    if (trouble_ == kFine) trouble_ = await_pack(view_.group, place, p.owner, pack);
-    if (!defer_) *reinterpret_cast<uint4*>(place) = sentinel_pack();
+    if (trouble_ == kFine) {
+      trouble_ = await_pack(view_.group, place, p.owner, pack);
+      if (!defer_) *reinterpret_cast<uint4*>(place) = sentinel_pack();
+    }
     if (trouble_ != kFine) pack = sentinel_pack();
   }
 
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
     }
   };
   ptx::wait_for_previous_kernel(sums.ready());
-  if (kOnce || !m.late) ptx::launch_next_kernel();
+  if (!m.late) ptx::launch_next_kernel();
 
   typename Packs::Array own{}, residual{};
   packs.load(m.in, first_row, own);  // asked for before the epoch
@@ -179,9 +183,17 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
         if (!kTwoShot) packs.load(m.in, row, own);
         packs.load(m.residual, row, residual);
       });
-  if (!kOnce && m.late) ptx::launch_next_kernel();
+  if (m.late) ptx::launch_next_kernel();
   const Trouble trouble = leave(entry) ? sums.trouble() : kOverlap;
-  if (trouble != kFine) fail_group(group, kWorld, trouble, kAllReduceLayerNorm, start.epoch());
+  if (trouble == kFine) return;
+  each_row(
+      [&](int row) {
+        packs.each(row, [&](int, int i) {
+          static_cast<uint4*>(m.normed)[i] = static_cast<uint4*>(m.new_residual)[i] = sentinel_pack();
+        });
+      },
+      [](int) {});
+  fail_group(group, kWorld, trouble, kAllReduceLayerNorm, start.epoch());
 }
 
 }  // namespace sgl_comm::device

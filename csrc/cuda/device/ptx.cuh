@@ -147,7 +147,8 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t byt
                : "memory");
 #endif
 }
-// Waits for the end of a phase: of the first, third, ... (parity 0) or of the others (parity 1).
+// Waits for the end of a phase: of the first, third, ... (parity 0) or of the others (parity 1). What bytes it counted
+// are then here.
 __device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t ended = 0;

@@ -113,7 +113,7 @@ def test_bits_do_not_depend_on_who_reduces(layout: tuple[int, int, bool]) -> Non
 
 def wrong_compiled(ctx: RankContext, config: ParallelConfig, option: dict[str, bool], backend: str) -> list[str]:
     with LayerGroups(config, ctx.group, ctx.device) as groups, torch.no_grad():
-        model = Step3p5(ModelConfig("DM", qk_norm=False), groups, **option)
+        model = Step3p5(ModelConfig("DMM"), groups, **option)
         ids = prompt_of(groups, [3] * config.attn_dp_size, "compiled")
         expected = model(ids, model.make_cache(1, 3))
         torch._dynamo.reset()

@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
     all_reduce_layernorm_kernel(const __grid_constant__ LayerNormMessage m) {
   using Packs = RowPacks<T, kGroups>;
   __shared__ RowSum::Room room;
+  __shared__ Ending ending;
   const GroupView& group = m.view.group;
   RowSum row_sum(room);
   const Packs packs(row_sum, m.hidden);
@@ -127,11 +128,12 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
       next(row);
     }
   };
-  ptx::wait_for_previous_kernel(sums.ready());
+  const uint4* const in = ptx::in_register(packs.first(m.in, first_row));
+  ptx::wait_for_previous_kernel(sums.ready() | reinterpret_cast<uint64_t>(in));
   if (!m.late) ptx::launch_next_kernel();
 
   typename Packs::Array own{}, residual{};
-  packs.load(m.in, first_row, own);  // asked for before the epoch
+  packs.load(in, own);  // asked for before the epoch
   const Start start = read_start<false>(group);
   sums.begin(start);
   if (start.trouble() == kFine) {
@@ -143,6 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
   packs.load(m.residual, first_row, residual);
   const RowWeights<T, kGroups> weights(packs, m.weight), biases(packs, m.bias);
   const Entry entry = enter<false>(group, start, sums.left_full());
+  if (threadIdx.x == 0) ending = entry.ending;  // registers are short
   row_sum.begin();
   if (start.trouble() == kFine) {
     empty_previous(m.view, start, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
         packs.load(m.residual, row, residual);
       });
   if (m.late) ptx::launch_next_kernel();
-  const Trouble trouble = leave(entry) ? sums.trouble() : kOverlap;
+  const Trouble trouble = leave({entry.before, ending}) ? sums.trouble() : kOverlap;
   if (trouble == kFine) return;
   each_row(
       [&](int row) {

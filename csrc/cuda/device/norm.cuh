@@ -119,8 +119,19 @@ class RowPacks {
       if (has_group(u)) visit(n, (row * groups_ + group(u)) * kGroupPacks<T> + n % kGroupPacks<T>);
     }
   }
+  // Where the first of them is in a row.
+  __device__ __forceinline__ const uint4* first(const void* array, int row) const {
+    return static_cast<const uint4*>(array) + (row * groups_ + slot_) * kGroupPacks<T>;
+  }
+  __device__ __forceinline__ void load(const uint4* first, Array& packs) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int u = n / kGroupPacks<T>;
+      if (has_group(u)) packs[n] = ptx::load_input(first + u * slots_ * kGroupPacks<T> + n % kGroupPacks<T>);
+    }
+  }
   __device__ __forceinline__ void load(const void* array, int row, Array& packs) const {
-    each(row, [&](int n, int i) { packs[n] = ptx::load_input(static_cast<const uint4*>(array) + i); });
+    load(first(array, row), packs);
   }
   __device__ __forceinline__ void copy(const Array& from, Array& to) const {
 #pragma unroll

@@ -49,14 +49,18 @@ __device__ __forceinline__ Start read_start(const GroupView& group) {
   return {static_cast<unsigned long long>(words.y) << 32 | words.x, words.w, words.z};
 }
 
-// What a block's first thread keeps from enter() to leave().
-struct Entry {
+// What a block's first thread keeps from enter() to leave(). The first word is the answer of an addition, for which
+// nothing waits as long as it is kept as it is; the rest is known at once.
+struct Ending {
   Control* own;
-  uint32_t before;     // `started`, the end of it, when this block added to it
-  uint32_t epoch;      // the same of the epoch alone
-  uint32_t most;       // of this launch, that can have been added
-  uint32_t remainder;  // what others have added when this block's addition makes up kEpoch
+  unsigned long long epoch;  // as it stands in `started`
+  uint32_t most;             // of this launch, that can have been added
+  uint32_t remainder;        // what others have added when this block's addition makes up kEpoch
   uint32_t next_baton;
+};
+struct Entry {
+  unsigned long long before;  // `started` when this block added to it
+  Ending ending;
 };
 
 // Once a block, after read_start<kShared>(). Needs all threads. `packs` is how many of its bank the launch will leave
@@ -69,12 +73,10 @@ __device__ __forceinline__ Entry enter(const GroupView& group, const Start& star
   if (threadIdx.x == 0) {
     const uint32_t others = gridDim.x - 1, all = static_cast<uint32_t>(kEpoch);
     const uint32_t addition = ptx::in_register(blockIdx.x == 0 ? all - others : 1);
-    entry.own = control_of(group, group.rank);
-    entry.before = static_cast<uint32_t>(atomicAdd(&entry.own->started, addition));
-    entry.epoch = static_cast<uint32_t>(start.epoch() * kEpoch);
-    entry.most = ptx::in_register(blockIdx.x == 0 ? others : all - 1);
-    entry.remainder = all - addition;
-    entry.next_baton = ptx::in_register(Baton::unpacked(start.baton).next(packs).packed());
+    Control* const own = control_of(group, group.rank);
+    entry.before = atomicAdd(&own->started, addition);
+    entry.ending = {own, start.epoch() * kEpoch, ptx::in_register(blockIdx.x == 0 ? others : all - 1), all - addition,
+                    ptx::in_register(Baton::unpacked(start.baton).next(packs).packed())};
   }
   return entry;
 }
@@ -114,9 +116,10 @@ __device__ __forceinline__ void fail_group(const GroupView& group, int world, Tr
 // seen; it may then wait in vain, until its deadline.
 __device__ __forceinline__ bool leave(const Entry& entry) {
   if (threadIdx.x != 0) return true;
-  const uint32_t added = entry.before - entry.epoch;  // by other blocks; known here, since enter() need not wait for it
-  if (added == entry.remainder) entry.own->baton = entry.next_baton;
-  return added <= entry.most;
+  const Ending& ending = entry.ending;
+  const unsigned long long added = entry.before - ending.epoch;  // by other blocks
+  if (added == ending.remainder) ending.own->baton = ending.next_baton;
+  return added <= ending.most;
 }
 
 // A wait begins with so many polls of nothing but what is awaited, less than two milliseconds, in a loop of its own.

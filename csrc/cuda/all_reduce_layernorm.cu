@@ -31,6 +31,10 @@ device::Weights weights_of(const std::optional<Tensor>& tensor) {
   return {tensor->const_data_ptr(), dtype_of(tensor->scalar_type()) == DType::kFloat32};
 }
 
+int64_t bytes_of(const LayerNormCall& call) {
+  return call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
+}
+
 // How a fused launch goes. What was fastest (benchmarks/bench_all_reduce_layernorm.py): few rows are a cluster's each.
 struct Plan {
   FusedRows rows;
@@ -70,7 +74,7 @@ Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_sh
 
 // The algorithm of a fused launch, or a ring, for which there is none.
 Algorithm algorithm_for(const CommunicatorV2& comm, const LayerNormCall& call) {
-  const int64_t bytes = call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
+  const int64_t bytes = bytes_of(call);
   const bool clusters = comm.limits().dependent_launch;
   const int most_slots = clusters ? kMostSlots : device::kMaxThreads;
   const bool fits_threads =
@@ -87,7 +91,7 @@ void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm,
   const Tensor weight = aligned_or_copy(call.weight);
   const std::optional<Tensor> bias = call.bias.has_value() ? std::optional(aligned_or_copy(*call.bias)) : std::nullopt;
   const bool two_shot = algorithm == Algorithm::kTwoShot;
-  const int64_t bytes = call.rows * call.hidden * static_cast<int64_t>(size_of(call.dtype));
+  const int64_t bytes = bytes_of(call);
   const Plan plan = plan_for(comm, call, two_shot);
   const device::LayerNormMessage message{comm.view(),
                                          in.const_data_ptr(),
@@ -137,13 +141,10 @@ std::tuple<Tensor, Tensor> all_reduce_layernorm(const Tensor& hidden_states, con
       return {normed, new_residual};
     }
   }
-  if (group->world == 1) {
-    Tensor normed = empty_row_major(kOp, hidden_states);
-    if (call.rows > 0) normalise(call, call.hidden_states, normed, new_residual);
-    return {normed, new_residual};
-  }
-  Tensor normed = sum_over_ranks(kOp, group, call.hidden_states);
-  if (call.rows > 0) normalise(call, normed, normed, new_residual);
+  const bool alone = group->world == 1;
+  const Tensor sums = alone ? call.hidden_states : sum_over_ranks(kOp, group, call.hidden_states);
+  Tensor normed = alone ? empty_row_major(kOp, hidden_states) : sums;
+  if (call.rows > 0) normalise(call, sums, normed, new_residual);
   return {normed, new_residual};
 }
 

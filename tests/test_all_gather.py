@@ -9,23 +9,20 @@ import torch
 import torch.distributed as dist
 from cases import (
     DTYPES,
-    REFUSALS,
     ROW_SHAPES,
     SLOT_BYTES,
     AllGather,
     AllReduce,
     Ranks,
-    assert_every_rank_told,
-    assert_refused,
     differs,
     generator,
     group_without_shared_memory,
     interleaved,
     layouts_of_ranks,
     name_of,
-    refused_calls,
     run_calls,
 )
+from refusals import REFUSALS, assert_every_rank_told, assert_refused, refused_calls
 from torch import Tensor
 
 import sgl_comm

@@ -1,4 +1,4 @@
-"""What serves a tensor and why: explain(), SGL_COMM_INVARIANT, sizes of workspaces, and the protocol of the classes."""
+"""What serves a tensor and why: explain(), SGL_COMM_INVARIANT, sizes of workspaces."""
 
 from __future__ import annotations
 
@@ -6,74 +6,27 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import capturing, error_text, meet
+from pretended import NO_ACCESS, NO_NVLINK, SURVEYS, on_gpu, pretended_gpu
 from torch import Tensor
 
 import sgl_comm
-from sgl_comm import _library, capability
+from sgl_comm import capability
 from sgl_comm.capability import Survey
 from sgl_comm.custom_all_reduce_v1 import DEFAULT_MAX_SIZE, CustomAllReduceV1
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2, default_max_size
 from sgl_comm.explanation import Explanation
-from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE, GpuAllReduce
+from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE
 from sgl_comm.rendezvous import Rendezvous
-from sgl_comm.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, run_ranks
 from sgl_comm.thresholds import ALL_SIZES, Thresholds, supported_world_sizes
 
 KIB, MIB = 1 << 10, 1 << 20
-GPU = torch.device("cuda", 0)
-
-NO_NVLINK = "no NVLink between the GPUs of rank 0 and rank 1; `nvidia-smi topo -m` shows which GPUs have it"
-NO_ACCESS = "no peer access between the GPUs of rank 0 and rank 1; an IOMMU may keep it off"
-SURVEYS = {
-    "v2": Survey("", ""),
-    "v1": Survey(NO_NVLINK, ""),
-    "gloo": Survey(NO_ACCESS, NO_ACCESS),
-    "gloo, two reasons": Survey(NO_NVLINK, NO_ACCESS),
-}
 TINY = Thresholds(one_shot_bytes=1 * KIB, fallback_bytes=4 * KIB)
-
-
-# --- groups of GPUs that are not there
-
-
-@dataclass(frozen=True)
-class Described:
-    """What of a tensor is looked at to choose; no GPU is needed for it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    nbytes: int
-
-
-def on_gpu(dtype: torch.dtype, nbytes: int, device: torch.device = GPU) -> Tensor:
-    return cast(Tensor, Described(device, dtype, nbytes))
-
-
-@contextmanager
-def pretended_gpu(found: Survey, backend: str = "") -> Iterator[None]:
-    """Makes this process believe in a GPU, in what is found of the group, and that every set-up succeeds.
-
-    No kernel is there for it. backend: taken for the group's own.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_library, "cuda_missing", "there is none, for this test")
-        patch.setattr(capability, "survey", lambda link, device: found)
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
-        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        patch.setattr(GpuAllReduce, "_set_up", lambda self, link, max_size: "")
-        patch.setattr(CustomAllReduceV2, "algorithm", lambda self, num_bytes: "one_shot")
-        if backend:
-            patch.setattr(Rendezvous, "backend_for", lambda self, device_type: backend)
-        yield
 
 
 @contextmanager
@@ -321,108 +274,6 @@ def test_workspaces_are_as_small_as_documented(world: int) -> None:
 
 
 # --- the protocol that engines call
-
-CLASSES = {"v1": CustomAllReduceV1, "v2": CustomAllReduceV2, "shm": ShmAllReduce}
-
-
-def by_its_class(ctx: RankContext, kind: str) -> list[str]:
-    """disabled, should_custom_ar, custom_all_reduce, capture and close, as an engine calls them."""
-    device = torch.device("cpu") if kind == "shm" else ctx.device
-    group = dist.new_group(list(range(ctx.world)))
-    part = CLASSES[kind](group, device, max_size=1 << 20)
-    floats, ints = torch.ones(3000, device=device), torch.ones(3, dtype=torch.int32, device=device)
-    elsewhere = torch.ones(3) if kind != "shm" else on_gpu(torch.float32, 12)
-    total = float(ctx.world)
-    seen = {
-        "enabled": not part.disabled and part.reason == "" and part.fault() == "",
-        "floats": part.should_custom_ar(floats) and part.should_custom_ar(floats.half()),
-        "ints": not part.should_custom_ar(ints) and part.custom_all_reduce(ints) is None,
-        "elsewhere": not part.should_custom_ar(elsewhere) and part.custom_all_reduce(elsewhere) is None,
-    }
-
-    def is_sum(out: Tensor | None) -> bool:
-        return out is not None and out.unique().tolist() == [total]
-
-    seen["eager"] = is_sum(part.custom_all_reduce(floats))
-    with part.capture():
-        seen["warm-up"] = is_sum(part.custom_all_reduce(floats))
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with capturing(graph):
-                out = part.custom_all_reduce(floats)
-        seen["after the capture"] = is_sum(part.custom_all_reduce(floats))
-    if device.type == "cuda":
-        for turn in (2.0, 5.0):
-            floats.fill_(turn)
-            meet(ctx)
-            graph.replay()
-            meet(ctx)
-            seen[f"replay with {turn}"] = out is not None and out.unique().tolist() == [turn * total]
-        floats.fill_(1.0)
-        del graph
-    seen["no error was raised"] = error_text(lambda: raise_in_capture(part, ctx.rank == 1)) == (
-        "" if ctx.rank == 1 else "capture: rank 1: KeyError: 'planted'"
-    )
-    seen["fault"] = part.fault() == ""
-    meet(ctx)
-    part.close()
-    part.close()
-    closed = error_text(lambda: part.custom_all_reduce(floats))
-    seen["closed"] = "is closed; init() it again" in closed or "unknown group" in closed
-    again = CLASSES[kind](group, device)
-    seen["again"] = is_sum(again.custom_all_reduce(floats))
-    meet(ctx)
-    again.close()
-    dist.destroy_process_group(group)
-    return [name for name, right in seen.items() if not right]
-
-
-def raise_in_capture(part: GpuAllReduce | ShmAllReduce, fails: bool) -> None:
-    """Raises what a rank gets from another's error; the failing one's own must come out as it is."""
-    try:
-        with part.capture():
-            if fails:
-                raise KeyError("planted")
-    except KeyError:
-        assert fails
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_shm_has_the_protocol(world: int) -> None:
-    assert run_ranks(by_its_class, world, "shm", deadline=30) == [[]] * world
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_the_classes_of_gpus_have_the_protocol(kind: str, world: int) -> None:
-    assert run_ranks(by_its_class, world, kind, device="cuda") == [[]] * world
-
-
-def disabled_by_its_class(ctx: RankContext, kind: str) -> list[str]:
-    """Where it cannot serve, an engine asks and gets "no"; nothing raises."""
-    group = dist.new_group(list(range(ctx.world)))
-    with pretended_gpu(SURVEYS["gloo, two reasons"]):
-        part = CLASSES[kind](group, "cuda:0")
-    floats = on_gpu(torch.float32, 12)
-    with part.capture():
-        served = part.custom_all_reduce(floats)
-    seen = {
-        "disabled": part.disabled,
-        "reason": part.reason == (NO_NVLINK if kind == "v2" else NO_ACCESS),
-        "floats": not part.should_custom_ar(floats) and served is None,
-        "fault": part.fault() == "",
-    }
-    part.close()
-    part.close()
-    dist.destroy_process_group(group)
-    return [name for name, right in seen.items() if not right]
-
-
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_a_class_that_cannot_serve_says_no(kind: str) -> None:
-    assert run_ranks(disabled_by_its_class, 2, kind) == [[], []]
-
 
 # --- real GPUs
 

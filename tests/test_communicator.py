@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import AllGather, AllReduce, ReduceScatter, interleaved
+from cases import AllGather, AllReduce, ReduceScatter, error_of, interleaved, sum_of_ones
 
 import sgl_comm
-from sgl_comm import SglCommError, envs
+from sgl_comm import SglCommError
 from sgl_comm.rendezvous import Rendezvous
-from sgl_comm.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, RankPool, run_ranks
-
-
-def error_of(call: Callable[[], object]) -> str:
-    """The type and text of a call's error, or that there was none."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def error_as_sent(call: Callable[[], object]) -> str:
     """The same for an op called through torch.ops, whose text may be followed by torch's own C++ stack."""
     return error_of(call).partition("\nException raised from")[0]
-
-
-def sum_of_ones(name: str, count: int = 5) -> list[float]:
-    return torch.ops.sgl_comm.all_reduce(torch.ones(count), name).unique().tolist()
 
 
 @pytest.fixture(scope="module")
@@ -416,174 +397,6 @@ def test_different_sizes_or_dtypes_are_an_error_on_every_rank(
         assert took < 1
 
 
-def forked(ctx: RankContext) -> list[str]:
-    """A forked child must not touch the group; its parent goes on."""
-    assert ctx.comm is not None
-    comm = ctx.comm
-    sum_of_ones(comm.group_name)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            texts = [
-                error_of(lambda: comm.all_reduce(torch.ones(3))),
-                error_of(lambda: comm.all_reduce_(torch.ones(3))),
-                error_of(comm.close),
-            ]
-            os.write(writing, "\n".join(texts).encode())
-        except BaseException:
-            os.write(writing, traceback.format_exc().encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        texts = pipe.read().split("\n")
-    os.waitpid(child, 0)
-    return [*texts, str(sum_of_ones(comm.group_name))]
-
-
-def test_a_forked_child_is_refused_and_its_parent_goes_on() -> None:
-    for functional, in_place, closed, after in run_ranks(forked, 2):
-        for op, text in (("all_reduce", functional), ("all_reduce_", in_place)):
-            assert text.startswith(f"SglCommError: sgl_comm::{op}: group '0' was made by the parent of this forked")
-        assert closed == "no error"
-        assert after == "[2.0]"
-
-
-def shm_by_its_class(ctx: RankContext) -> list[str]:
-    """The protocol that engines call: should_custom_ar, custom_all_reduce, capture, close."""
-    group = dist.new_group(list(range(ctx.world)))
-    shm = ShmAllReduce(group, device="cpu", max_size=1 << 20)
-    ints, floats = torch.ones(3, dtype=torch.int32), torch.ones(3)
-    seen = {
-        "enabled": not shm.disabled and shm.reason == "",
-        "floats": shm.should_custom_ar(floats),
-        "ints": not shm.should_custom_ar(ints) and shm.custom_all_reduce(ints) is None,
-        "fault": shm.fault() == "",
-    }
-    with shm.capture():
-        out = shm.custom_all_reduce(floats)
-    seen["sum"] = out is not None and out.tolist() == [ctx.world] * 3
-    shm.close()
-    shm.close()
-    return [name for name, right in seen.items() if not right]
-
-
-def test_shm_all_reduce_has_the_protocol_of_engines() -> None:
-    assert run_ranks(shm_by_its_class, 2) == [[], []]
-
-
-# --- the package
-
-
-def run_python(code: str, **environ: str) -> str:
-    """What a fresh interpreter prints, errors and warnings included."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SGL_COMM_")} | environ
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-IMPORT = "import sgl_comm, torch; print('CUDA used:', torch.cuda.is_initialized())"
-
-
-def test_importing_warns_about_unknown_variables_and_uses_no_gpu() -> None:
-    text = run_python(IMPORT, SGL_COMM_TIMEOUTS="3", SGL_COMM_TIMEOUT="3", XSGL_COMM_FOO="1")
-    assert "CUDA used: False" in text
-    assert "SGL_COMM_TIMEOUTS is set but sgl_comm has no such variable (known: " in text
-    assert "SGL_COMM_TIMEOUT is set" not in text
-    assert "XSGL_COMM_FOO" not in text
-
-
-def test_importing_is_quiet_without_a_gpu_and_unknown_variables() -> None:
-    text = run_python(IMPORT, SGL_COMM_TIMEOUT="3", CUDA_VISIBLE_DEVICES="")
-    assert "CUDA used: False" in text
-    assert "SGL_COMM_" not in text
-
-
-@pytest.mark.gpu
-def test_importing_makes_no_cuda_context() -> None:
-    code = """
-import ctypes
-import sgl_comm
-driver = ctypes.CDLL("libcuda.so.1")
-active, flags = ctypes.c_int(-1), ctypes.c_uint()
-state = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
-print("used" if state == 0 and active.value != 0 else "unused")
-"""
-    assert run_python(code).splitlines()[-1] == "unused"
-
-
-def test_every_variable_has_a_default_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [variable.name for variable in envs.ALL]
-    assert len(set(names)) == len(names)
-    assert {"SGL_COMM_TIMEOUT", "SGL_COMM_CPU_INSTRUCTIONS", "SGL_COMM_BUILD_CUDA"} <= set(names)
-    assert all(variable.meaning for variable in envs.ALL)
-    monkeypatch.delenv("SGL_COMM_TIMEOUT", raising=False)
-    assert envs.timeout_seconds() == 300
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "")
-    assert envs.timeout_seconds() == 300
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "2.5")
-    assert envs.timeout_seconds() == 2.5
-
-
-def test_warnings_name_what_is_known(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_FOO", "1")
-    with caplog.at_level(logging.WARNING, logger="sgl_comm"):
-        envs.warn_about_unknown_names()
-    assert [record.getMessage() for record in caplog.records if "SGL_COMM_FOO" in record.getMessage()]
-
-
-def test_build_info_says_what_was_built() -> None:
-    if not Path(sgl_comm.__file__).with_name("_build_info.json").exists():
-        with pytest.raises(RuntimeError, match=r"sgl_comm is not built: .* Run `pip install"):
-            sgl_comm.build_info()
-        return
-    info = sgl_comm.build_info()
-    assert info.version == sgl_comm.__version__
-    assert info.cuda_built == (info.cuda_reason is None)
-    assert re.match(r"\d+\.\d+", info.torch_target_version)
-
-
-def leaked_bytes_a_call(ctx: RankContext, calls: int) -> float:
-    """How much the process grows a call, with grad mode on and a group name that does not fit a string's own place."""
-    assert ctx.comm is not None
-    x = torch.ones(4)
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    for _ in range(calls // 2):
-        torch.ops.sgl_comm.all_reduce_(x, ctx.comm.group_name)
-    before = resident()
-    for _ in range(calls):
-        torch.ops.sgl_comm.all_reduce_(x, ctx.comm.group_name)
-    return (resident() - before) / calls
-
-
-def test_calls_leak_no_memory() -> None:
-    assert max(run_ranks(leaked_bytes_a_call, 1, 60_000)) < 20  # a string that is not freed is 32 bytes and more
-
-
-def summed_under_signals(ctx: RankContext) -> int:
-    """Calls made while a signal handler runs every 100 us, rank 1 being slow so that rank 0 waits long."""
-    assert ctx.comm is not None
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
-    try:
-        for _ in range(20):
-            if ctx.rank == 1:
-                time.sleep(0.05)
-            assert sum_of_ones(ctx.comm.group_name) == [ctx.world]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return 20
-
-
-def test_a_signal_is_not_taken_for_a_death() -> None:
-    assert run_ranks(summed_under_signals, 2) == [20, 20]
-
-
 def init_on_different_devices(ctx: RankContext) -> str:
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
@@ -596,24 +409,6 @@ def init_on_different_devices(ctx: RankContext) -> str:
 def test_ranks_with_different_kinds_of_device_are_refused_together() -> None:
     for text in run_ranks(init_on_different_devices, 2, deadline=20):
         assert text == "SglCommError: init: got devices cuda, cpu on ranks 0 to 1; expected one"
-
-
-def reopened_in_a_child(ctx: RankContext) -> int:
-    """A forked child may use a name of its parent's for a group of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.ops.sgl_comm._group_open("0", 0, 1)
-            torch.ops.sgl_comm._shm_settle("0", False)
-            torch.ops.sgl_comm._group_close("0")
-            os._exit(7)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_forked_child_may_open_a_name_of_its_parent() -> None:
-    assert run_ranks(reopened_in_a_child, 2) == [7, 7]
 
 
 def test_a_group_that_is_still_being_initialised_serves_no_call() -> None:

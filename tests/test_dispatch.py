@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import error_text
 
 import sgl_comm
 from sgl_comm import SglCommError, _library, capability, dispatch, thresholds, transfer_check
@@ -271,18 +272,10 @@ def test_the_cpu_is_served_by_shared_memory() -> None:
     assert run_ranks(on_cpu, 2) == [(False, True)] * 2
 
 
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except SglCommError as error:
-        return str(error)
-    return "no error"
-
-
 def with_wrong_devices(ctx: RankContext) -> list[str]:
     calls = (dispatch.can_use_custom_all_reduce_v2, dispatch.dispatch_custom_allreduce)
     devices = ("cuda:0" if ctx.rank == 1 else "cpu", "meta" if ctx.rank == 1 else "cpu")
-    return [error_of(lambda c=call, d=device: c(ctx.group, d)) for call in calls for device in devices]
+    return [error_text(lambda c=call, d=device: c(ctx.group, d)) for call in calls for device in devices]
 
 
 def test_devices_that_do_not_fit_are_an_error_on_all_ranks() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from cases import capturing, meet
+from cases import capturing, error_of, meet
 from torch import Tensor
 from windows import Pools, Rows, assert_none_wrong, call, compared, differences
 
@@ -381,15 +381,6 @@ class TooEarly:
     later: str
     usable: bool
     works: list[str]
-
-
-def error_of(call_it: Callable[[], object]) -> str:
-    """The type and text of a call's error, or that there was none."""
-    try:
-        call_it()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def all_nan(x: Tensor) -> bool:

@@ -6,14 +6,11 @@ import pytest
 import torch
 from cases import (
     DTYPES,
-    REFUSALS,
     ROW_SHAPES,
     SLOT_BYTES,
     AllReduce,
     Ranks,
     ReduceScatter,
-    assert_every_rank_told,
-    assert_refused,
     awkward_values,
     differs,
     generator,
@@ -22,9 +19,9 @@ from cases import (
     layouts_of_ranks,
     name_of,
     random_values,
-    refused_calls,
     run_calls,
 )
+from refusals import REFUSALS, assert_every_rank_told, assert_refused, refused_calls
 from torch import Tensor
 
 import sgl_comm

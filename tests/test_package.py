@@ -1,0 +1,84 @@
+"""What importing the package does and says: environment variables, warnings, how it was built."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sgl_comm
+from sgl_comm import envs
+
+
+def run_python(code: str, **environ: str) -> str:
+    """What a fresh interpreter prints, errors and warnings included."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SGL_COMM_")} | environ
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+IMPORT = "import sgl_comm, torch; print('CUDA used:', torch.cuda.is_initialized())"
+
+
+def test_importing_warns_about_unknown_variables_and_uses_no_gpu() -> None:
+    text = run_python(IMPORT, SGL_COMM_TIMEOUTS="3", SGL_COMM_TIMEOUT="3", XSGL_COMM_FOO="1")
+    assert "CUDA used: False" in text
+    assert "SGL_COMM_TIMEOUTS is set but sgl_comm has no such variable (known: " in text
+    assert "SGL_COMM_TIMEOUT is set" not in text
+    assert "XSGL_COMM_FOO" not in text
+
+
+def test_importing_is_quiet_without_a_gpu_and_unknown_variables() -> None:
+    text = run_python(IMPORT, SGL_COMM_TIMEOUT="3", CUDA_VISIBLE_DEVICES="")
+    assert "CUDA used: False" in text
+    assert "SGL_COMM_" not in text
+
+
+@pytest.mark.gpu
+def test_importing_makes_no_cuda_context() -> None:
+    code = """
+import ctypes
+import sgl_comm
+driver = ctypes.CDLL("libcuda.so.1")
+active, flags = ctypes.c_int(-1), ctypes.c_uint()
+state = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
+print("used" if state == 0 and active.value != 0 else "unused")
+"""
+    assert run_python(code).splitlines()[-1] == "unused"
+
+
+def test_every_variable_has_a_default_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [variable.name for variable in envs.ALL]
+    assert len(set(names)) == len(names)
+    assert {"SGL_COMM_TIMEOUT", "SGL_COMM_CPU_INSTRUCTIONS", "SGL_COMM_BUILD_CUDA"} <= set(names)
+    assert all(variable.meaning for variable in envs.ALL)
+    monkeypatch.delenv("SGL_COMM_TIMEOUT", raising=False)
+    assert envs.timeout_seconds() == 300
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "")
+    assert envs.timeout_seconds() == 300
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "2.5")
+    assert envs.timeout_seconds() == 2.5
+
+
+def test_warnings_name_what_is_known(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_FOO", "1")
+    with caplog.at_level(logging.WARNING, logger="sgl_comm"):
+        envs.warn_about_unknown_names()
+    assert [record.getMessage() for record in caplog.records if "SGL_COMM_FOO" in record.getMessage()]
+
+
+def test_build_info_says_what_was_built() -> None:
+    if not Path(sgl_comm.__file__).with_name("_build_info.json").exists():
+        with pytest.raises(RuntimeError, match=r"sgl_comm is not built: .* Run `pip install"):
+            sgl_comm.build_info()
+        return
+    info = sgl_comm.build_info()
+    assert info.version == sgl_comm.__version__
+    assert info.cuda_built == (info.cuda_reason is None)
+    assert re.match(r"\d+\.\d+", info.torch_target_version)

@@ -255,11 +255,14 @@ def test_every_layout(ranks: Ranks) -> None:
 def nodes_of_graphs(ctx: RankContext) -> list[str]:
     """What is wrong with the nodes that a call is in a captured graph."""
     fused, unfused = ["all_reduce_layernorm_kernel"], ["shot", "norm_kernel"]
+    hopper = torch.cuda.get_device_capability(ctx.device) >= (9, 0)
     wrong = []
     for tokens, hidden, expected in (
         (1, 4096, fused), (7, 5376, fused), (40, 12296, fused), (200, 4096, fused), (5, 8192, fused), (3, 64, fused),
         (2, 1027, unfused), (2, 16392, unfused), (2048, 4096, unfused),
     ):  # fmt: skip
+        if hidden > 4096 and not hopper:
+            expected = unfused
         case = Case(tokens, hidden, torch.bfloat16, NORMS[0])
         states, *others = case.inputs(ctx.world)
         mine, *others = (x if x is None else x.to(ctx.device) for x in (states[ctx.rank], *others))

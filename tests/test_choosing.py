@@ -273,8 +273,6 @@ def test_workspaces_are_as_small_as_documented(world: int) -> None:
     assert max_size == 4 * MIB or v2 == 48 * MIB, "no more is given up than must be"
 
 
-# --- the protocol that engines call
-
 # --- real GPUs
 
 

@@ -5,6 +5,7 @@ These are the tests that compute-sanitizer runs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -160,6 +161,48 @@ def test_graphs_replay_with_changed_inputs(call: Call) -> None:
             once = reference.all_reduce(inputs)
             for output in outputs:
                 assert_bits_equal(output, reference.all_reduce([once] * world))
+
+
+def sums_and_norms(rank: SimulatedRank, order: Sequence[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
+    """The results of a norm of each matrix and an all-reduce of each vector, twice over."""
+    outputs = []
+    with torch.cuda.stream(rank.stream):
+        for x in [*order, *order]:
+            if x.dim() == 1:
+                outputs.append(ops.all_reduce(x, rank.group_name))
+            else:
+                norm = ops.tp_attn_all_reduce_and_layernorm
+                outputs += norm(x, x, weight, None, 1e-6, group_name=rank.group_name)
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_a_rank_that_comes_late_finds_room(world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others' launches, and the next beside them, lie on the device and wait: large blocks between small ones."""
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "5")
+    hidden = 4096
+    weight = torch.ones(hidden, dtype=dtype, device="cuda")
+    large, small = (inputs_of(world, count, dtype) for count in (155_000, 1000))
+    with make_simulated(world) as ranks:
+        for rows in (4, 16, 33, 44, 132):
+            matrices = [x.view(rows, hidden) for x in inputs_of(world, rows * hidden, dtype)]
+            for kinds in ([large, matrices], [small, matrices], [matrices, large, small]):
+                orders = list(zip(*kinds, strict=True))
+                first = [
+                    sums_and_norms(rank, orders[rank.rank], weight) for rank in ranks
+                ]  # loads kernels, takes memory
+                torch.cuda.synchronize()
+                expected = [[output.clone() for output in outputs] for outputs in first]
+                del first
+                got = [sums_and_norms(rank, orders[rank.rank], weight) for rank in ranks[:-1]]
+                time.sleep(0.02)
+                got.append(sums_and_norms(ranks[-1], orders[-1], weight))
+                torch.cuda.synchronize()
+                assert [rank.fault() for rank in ranks] == [""] * world, f"{rows} rows, {len(kinds)} calls"
+                for mine, wanted in zip(got, expected, strict=True):
+                    for x, y in zip(mine, wanted, strict=True):
+                        assert_bits_equal(x, y, f"{rows} rows, {len(kinds)} calls")
 
 
 @pytest.mark.parametrize("name", ["one_shot", "two_shot", "one_shot_ring", "two_shot_ring", "v1"])

@@ -70,12 +70,14 @@ class Sent:
 
 
 def chain(kind: str, world: int, length: int) -> list[Sent]:
-    """Large and small messages by turns, so that a call that does not wait for the one before overtakes it."""
+    """Large and small messages by turns, so that a call that does not wait for the one before overtakes it; each op is
+    called with both."""
     ops = KINDS[kind]
     sent = []
     for number in range(length):
-        op = ops[number % len(ops)]
-        sent.append(Sent(op, 16 * number, input_count(op, 40_000 if number % 2 == 0 else 24, world)))
+        turn, which = divmod(number, len(ops))
+        op = ops[which]
+        sent.append(Sent(op, 16 * number, input_count(op, 40_000 if (turn + which) % 2 == 0 else 24, world)))
     return sent
 
 

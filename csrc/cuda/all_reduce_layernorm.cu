@@ -40,7 +40,8 @@ struct Plan {
   FusedRows rows;
   int groups;
   Shape shape;
-  bool late;
+  bool early;  // may begin before the launch before it has ended
+  bool late;   // lets the next one begin only at its end
 };
 Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_shot) {
   const int slots = row_slots(call.hidden);
@@ -56,20 +57,25 @@ Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_sh
     const Kind kind = kind_of(call.dtype, comm.world(), rows, groups);
     return std::max<int64_t>(1, comm.limits().most_blocks(kind, threads, cluster, late) / cluster);
   };
-  const auto with = [&](FusedRows rows, int64_t at_once, bool late) {
-    return Plan{rows, groups, Shape{Residency::evenly(call.rows, at_once) * cluster, threads, cluster}, late};
+  // Where ranks share a device, what small blocks of one launch leave of its processors may be too little for a large
+  // block of another, behind which all later launches wait then, also those that the first waits for. With two ranks
+  // only blocks that fill a processor are too large, with more any may be.
+  const int sharing = comm.limits().ranks;
+  const auto apart = [&](FusedRows rows) {
+    const bool fills = threads > 256 && kind_of(call.dtype, comm.world(), rows, groups) == Kind::kRows;
+    return sharing > 2 || (sharing == 2 && fills);
   };
-  // Where ranks share a device, blocks of another launch that came early may leave no processor whole for a large one.
-  const auto must_be_late = [&](FusedRows rows) {
-    return comm.limits().ranks > 1 && threads > 256 && kind_of(call.dtype, comm.world(), rows, groups) == Kind::kRows;
+  const auto with = [&](FusedRows rows, int64_t at_once, bool late) {
+    const Shape shape{Residency::evenly(call.rows, at_once) * cluster, threads, cluster};
+    return Plan{rows, groups, shape, !apart(rows), late || apart(rows)};
   };
   if (!two_shot && groups == 1 && call.rows <= most_rows(FusedRows::kOne, false)) {
-    return with(FusedRows::kOne, call.rows, must_be_late(FusedRows::kOne));
+    return with(FusedRows::kOne, call.rows, false);
   }
   const FusedRows rows = two_shot ? FusedRows::kManyTwoShot : FusedRows::kMany;
   const int64_t early = most_rows(rows, false), late = most_rows(rows, true);
   const auto rounds = [&](int64_t at_once) { return (call.rows + at_once - 1) / at_once; };
-  return must_be_late(rows) || rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
+  return sharing <= 2 && rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
 }
 
 // The algorithm of a fused launch, or a ring, for which there is none.
@@ -108,7 +114,7 @@ void fused(CommunicatorV2& comm, const LayerNormCall& call, Algorithm algorithm,
                                          push_defers(bytes),
                                          plan.late};
   launch_in_order(kOp, comm, all_reduce_layernorm_kernel(call.dtype, comm.world(), plan.rows, plan.groups), plan.shape,
-                  message);
+                  message, plan.early);
 }
 
 void normalise(const LayerNormCall& call, const Tensor& sums, Tensor& normed, Tensor& new_residual) {

@@ -58,13 +58,14 @@ void launch(const char* op, void (*kernel)(Message), Shape shape, cudaStream_t s
   SGL_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, message));
 }
 
-// On the current stream, in the order of the communicator's calls.
+// On the current stream, in the order of the communicator's calls. early: it may be `dependent`.
 template <typename Communicator, typename Message>
-void launch_in_order(const char* op, Communicator& comm, void (*kernel)(Message), Shape shape, const Message& message) {
+void launch_in_order(const char* op, Communicator& comm, void (*kernel)(Message), Shape shape, const Message& message,
+                     bool early = true) {
   const DeviceScope scope(comm.device());
   const cudaStream_t stream = current_stream(comm.device());
   const auto turn = comm.order().next(op, stream);
-  launch(op, kernel, shape, stream, turn.same_stream && comm.limits().dependent_launch, message);
+  launch(op, kernel, shape, stream, early && turn.same_stream && comm.limits().dependent_launch, message);
 }
 
 }  // namespace sgl_comm::cuda

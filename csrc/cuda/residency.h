@@ -53,10 +53,10 @@ struct Residency {
 
   void share(int with) { ranks = with; }
 
-  // How many blocks of so many threads, at most the last of kThreads, a launch may have: half a device's, so that what
-  // waits on another stream fits beside it; and all ranks' launches fit beside each other, and beside each the next one
-  // that already waits. If a launch lets the next begin only at its end (late), none waits beside it, but it may itself
-  // wait beside one that does not: of r ranks' launches all but one may be doubled.
+  // How many blocks of so many threads, at most the last of kThreads, a launch may have: half a device's at most, so
+  // that the next one, which already waits, fits beside it; and so for all ranks at once. If a launch lets the next
+  // begin only at its end (late), none waits beside it, but it may itself wait beside one that does not: of r ranks'
+  // launches all but one may be doubled.
   int most_blocks(Kind kind, unsigned threads, unsigned cluster = 1, bool late = false) const {
     const int* size = std::lower_bound(kThreads, kThreads + kSizes - 1, static_cast<int>(threads));
     const int all = blocks[static_cast<int>(kind)][index_of(cluster)][size - kThreads];

@@ -49,8 +49,7 @@ __device__ __forceinline__ Start read_start(const GroupView& group) {
   return {static_cast<unsigned long long>(words.y) << 32 | words.x, words.w, words.z};
 }
 
-// What a block's first thread keeps from enter() to leave(). The first word is the answer of an addition, for which
-// nothing waits as long as it is kept as it is; the rest is known at once.
+// What a block's first thread keeps from enter() to leave(), and knows at once.
 struct Ending {
   Control* own;
   unsigned long long epoch;  // as it stands in `started`
@@ -58,6 +57,7 @@ struct Ending {
   uint32_t remainder;        // what others have added when this block's addition makes up kEpoch
   uint32_t next_baton;
 };
+// The same, and what an addition answers. Nothing waits for that as long as it is kept whole.
 struct Entry {
   unsigned long long before;  // `started` when this block added to it
   Ending ending;

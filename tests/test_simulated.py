@@ -46,13 +46,17 @@ def inputs_of(world: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [tensor.cuda() for tensor in tensors]
 
 
+def take_memory(rank: SimulatedRank, sizes: Sequence[int]) -> None:
+    """So that no call has to ask the driver for so many bytes: under initcheck that waits for the ranks before it."""
+    with torch.cuda.stream(rank.stream):
+        held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+    del held
+
+
 def call_all(ranks: Sequence[SimulatedRank], inputs: Sequence[torch.Tensor], call: Call) -> list[torch.Tensor]:
     outputs = []
     for rank, tensor in zip(ranks, inputs, strict=True):
-        # So that no call has to ask the driver for memory: under initcheck that waits for the ranks before it.
-        with torch.cuda.stream(rank.stream):
-            for size in (tensor.nbytes // rank.world, tensor.nbytes, tensor.nbytes * rank.world):
-                torch.empty(size, dtype=torch.uint8, device=tensor.device)
+        take_memory(rank, (tensor.nbytes // rank.world, tensor.nbytes, tensor.nbytes * rank.world))
     torch.cuda.synchronize()
     for rank, tensor in zip(ranks, inputs, strict=True):
         with torch.cuda.stream(rank.stream):
@@ -189,9 +193,10 @@ def test_a_rank_that_comes_late_finds_room(world: int, dtype: torch.dtype, monke
             matrices = [x.view(rows, hidden) for x in inputs_of(world, rows * hidden, dtype)]
             for kinds in ([large, matrices], [small, matrices], [matrices, large, small]):
                 orders = list(zip(*kinds, strict=True))
-                first = [
-                    sums_and_norms(rank, orders[rank.rank], weight) for rank in ranks
-                ]  # loads kernels, takes memory
+                for rank in ranks:
+                    take_memory(rank, 2 * [x.nbytes for x in orders[0] for _ in range(x.dim())])
+                torch.cuda.synchronize()
+                first = [sums_and_norms(rank, orders[rank.rank], weight) for rank in ranks]  # loads the kernels
                 torch.cuda.synchronize()
                 expected = [[output.clone() for output in outputs] for outputs in first]
                 del first

@@ -58,7 +58,7 @@ Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_sh
     return std::max<int64_t>(1, comm.limits().most_blocks(kind, threads, cluster, late) / cluster);
   };
   // Where ranks share a device, what small blocks of one launch leave of its processors may be too little for a large
-  // block of another, behind which all later launches wait then, also those that the first waits for. With two ranks
+  // block of another, which then seems to hold up later launches, also those that the first waits for. With two ranks
   // only blocks that fill a processor are too large, with more any may be.
   const int sharing = comm.limits().ranks;
   const auto apart = [&](FusedRows rows) {

@@ -41,7 +41,7 @@ def init(
         device: where most tensors will be: "cpu", or this rank's GPU ("cuda", "cuda:1", 1). None takes the current
             GPU if the group's backend is NCCL, else the CPU. CPU tensors are served either way.
         max_size: bounds the GPU workspace of the push kernels to 3 * (world - 1) * max_size bytes a rank and a little,
-            and nothing else: larger messages pass through it in pieces. A multiple of 65536. By default 4 MiB, or as
+            and nothing else: larger messages pass through it in pieces. A multiple of 65536. By default 8 MiB, or as
             much less as keeps the workspace at 48 MiB; the pull kernels' takes up to 14 MiB more.
 
     Returns:

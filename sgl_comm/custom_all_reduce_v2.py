@@ -11,13 +11,13 @@ from sgl_comm.rendezvous import Rendezvous
 _ops = torch.ops.sgl_comm
 
 _BANKS = 3
-_MOST_MAX_SIZE = 4 << 20
+_MOST_MAX_SIZE = 8 << 20
 _MOST_WORKSPACE = (48 << 20) - (64 << 10)
 """Bytes of a rank's banks by default; with the control words this makes 48 MiB, and 64 MiB with V1's workspace."""
 
 
 def default_max_size(world: int) -> int:
-    """Bytes: 4 MiB, or as much less as keeps the workspace at 48 MiB (world 8: 2.25 MiB)."""
+    """Bytes: 8 MiB, or as much less as keeps the workspace at 48 MiB (world 8: 2.25 MiB)."""
     fitting = _MOST_WORKSPACE // (_BANKS * (world - 1)) // MIN_MAX_SIZE * MIN_MAX_SIZE
     return min(_MOST_MAX_SIZE, fitting)
 
@@ -27,8 +27,8 @@ class CustomAllReduceV2(GpuAllReduce):
 
     The workspace is one ``cudaMalloc`` of 3 * (world - 1) * max_size bytes and a little, rounded up to 2 MiB, shared by
     CUDA IPC and opened by each peer once. The user's own tensors are never shared. ``max_size`` bounds the workspace
-    alone: larger messages pass through it in pieces. By default it is 4 MiB, or less in large groups (at most 48 MiB a
-    rank).
+    alone: larger messages pass through it in pieces. By default it is 8 MiB, or less from three ranks on (at most 48
+    MiB a rank).
 
     The arguments and errors are those of ``GpuAllReduce``.
     """

@@ -3,7 +3,10 @@
 What is modelled. Every rank owns some banks of places; a place is EMPTY or holds a datum (launch, tile). For each of
 its launches a rank takes one bank, by what its last two did (Banks). A launch is a program of pushes (stores into a
 peer's places), polls (wait until places of one's own are not EMPTY, and read them), resets (EMPTY into places just
-read, by the thread that polled them) and fences. What a launch reads and does not reset it leaves full: other threads
+read, by the thread that polled them) and fences. In a ring other threads of the block push than the one that gives
+credit ("send"), in no order with what that does. A credit is a word that one peer alone writes, in no bank and never
+emptied: "give" stores the launch and a number there, "await" waits for that number of the same launch, or a later one.
+What a launch reads and does not reset it leaves full: other threads
 of launch e store EMPTY into every place that launch e - `defer` left full. All ranks make the same calls, in any order
 of kinds, some of which leave their bank full and some not: the search (protocol_search.py) chooses a kind, or to stop,
 whenever the first rank gets to a new launch. Launches are counted from the slowest rank's and banks are renamed, so
@@ -17,7 +20,7 @@ Memory rules.
 - A launch ends when all of its rank's stores are visible; the rank's next launch starts after that.
 - A poll reads memory in its place in the program, at any later moment; behind a reset by its own thread it does not see
   the datum that was reset. Nothing is lost by not letting stores pass earlier polls: in every program here, a push
-  follows a poll only across a fence or because it sends what was read.
+  follows a poll only because it sends what was read, or in a ring, where an await is an acquire.
 
 What must hold: no push becomes visible at a place that is not EMPTY (so no EMPTY store can hit a newer datum either),
 no poll sees a datum of another launch or tile, some rank can always go on, and when the ranks stop only the places
@@ -36,7 +39,10 @@ Cell = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Op:
-    """One step of a launch: "push", "poll", "reset" or "fence", and the cells it is about."""
+    """One step of a launch: "push", "send", "poll", "reset", "fence", "give" or "await", and the cells it is about.
+
+    A credit's cell: whose word it is, which rank gives it, and its number.
+    """
 
     what: str
     cells: tuple[Cell, ...] = ()
@@ -146,19 +152,47 @@ def at_once(kind: Kind) -> Kind:
     return Kind(f"{kind.name}_at_once", program)
 
 
-def ring(tiles: int, places: int = 4, fence: bool = True, reset_after_fence: bool = False) -> Kind:
-    """The one-shot in tiles, one pushed ahead of the one polled. Places: sender * places + tile % places."""
+@dataclass(frozen=True)
+class Credits:
+    """How a ring's ranks tell each other of emptied places.
+
+    Attributes:
+        every: for how many tiles at once.
+        awaited: whether a rank waits for them.
+        behind_resets: whether they are given when the places are empty, behind a fence.
+        apart: whether pushes are in no order with that fence. Else a fence ends each tile, which leaves fewer states.
+    """
+
+    every: int = 2
+    awaited: bool = True
+    behind_resets: bool = True
+    apart: bool = True
+
+    @property
+    def push(self) -> str:
+        return "send" if self.apart else "push"
+
+
+CREDITS = Credits()
+"""As it stands, what the kernels do."""
+
+
+def ring(tiles: int, places: int = 4, credits: Credits = CREDITS) -> Kind:
+    """The one-shot in tiles, one pushed ahead of the one polled; an all-gather is the same.
+
+    Places: sender * places + tile % places.
+    """
 
     def program(rank: int, world: int) -> list[Op]:
         peers = _peers(rank, world)
         ops = []
         for k in range(tiles + 1):
             if k < tiles:
-                ops.append(Op("push", tuple((p, rank * places + k % places, k) for p in peers)))
+                ops += _awaiting(credits, k, places, rank, peers)
+                ops.append(Op(credits.push, tuple((p, rank * places + k % places, k) for p in peers)))
             if k > 0:
                 cells = tuple((rank, p * places + (k - 1) % places, k - 1) for p in peers)
-                reset, fences = Op("reset", cells), [Op("fence")] * fence
-                ops += [Op("poll", cells), *([*fences, reset] if reset_after_fence else [reset, *fences])]
+                ops += _emptying(credits, k - 1, tiles, places, rank, peers, [Op("poll", cells), Op("reset", cells)])
         return ops
 
     return Kind(f"ring({tiles})", program)
@@ -167,46 +201,66 @@ def ring(tiles: int, places: int = 4, fence: bool = True, reset_after_fence: boo
 def two_shot_ring(
     tiles: int,
     places: int = 4,
-    back_places: int = 4,
+    credits: Credits = CREDITS,
     last_owners: int | None = None,
-    fence: bool = True,
-    reset_after_fence: bool = False,
+    gather: bool = True,
 ) -> Kind:
     """The two-shot in tiles: pushes shards of tile k, sums its own of k - 1, takes the sums of k - 2.
 
-    Places: sender * places + tile % places, then world * places + owner * back_places + tile % back_places.
+    Places: sender * places + tile % places, then (world + owner) * places + tile % places.
 
     Args:
         last_owners: how many ranks own a shard of the last tile; None for all.
+        gather: whether sums go back; without, it is a reduce-scatter.
     """
 
     def program(rank: int, world: int) -> list[Op]:
-        peers = _peers(rank, world)
+        peers, lag = _peers(rank, world), 2 if gather else 1
 
         def owning(k: int) -> range:
             return range(world if last_owners is None or k < tiles - 1 else last_owners)
 
-        def back(owner: int, k: int) -> int:
-            return world * places + owner * back_places + k % back_places
-
         ops = []
-        for k in range(tiles + 2):
-            read: list[Op] = []
+        for k in range(tiles + lag):
             if k < tiles:
-                ops.append(Op("push", tuple((p, rank * places + k % places, k) for p in peers if p in owning(k))))
+                ops += _awaiting(credits, k, places, rank, peers)
+                ops.append(Op(credits.push, tuple((p, rank * places + k % places, k) for p in peers if p in owning(k))))
+            step: list[Op] = []
             if 0 < k <= tiles and rank in owning(k - 1):
                 cells = tuple((rank, p * places + (k - 1) % places, k - 1) for p in peers)
-                read.append(Op("reset", cells))
-                ops += [Op("poll", cells), *([] if reset_after_fence else read[-1:])]
-                ops.append(Op("push", tuple((p, back(rank, k - 1), k - 1) for p in peers)))
-            if k > 1:
-                cells = tuple((rank, back(p, k - 2), k - 2) for p in peers if p in owning(k - 2))
-                read.append(Op("reset", cells))
-                ops += [Op("poll", cells), *([] if reset_after_fence else read[-1:])]
-            ops += [Op("fence")] * fence + (read if reset_after_fence else [])
+                back = (world + rank) * places + (k - 1) % places
+                step += [Op("poll", cells), Op("reset", cells)]
+                step.append(Op(credits.push, tuple((p, back, k - 1) for p in peers if gather)))
+            if gather and k > 1:
+                owners = [p for p in peers if p in owning(k - 2)]
+                cells = tuple((rank, (world + p) * places + (k - 2) % places, k - 2) for p in owners)
+                step += [Op("poll", cells), Op("reset", cells)]
+            ops += _emptying(credits, k - lag, tiles, places, rank, peers, step)
         return ops
 
     return Kind(f"two_shot_ring({tiles})", program)
+
+
+def _awaiting(credits: Credits, k: int, places: int, rank: int, peers: list[int]) -> list[Op]:
+    """Before tile k is pushed."""
+    if not credits.awaited or k < places or k % credits.every:
+        return []
+    number = (k - places) // credits.every + 1
+    return [Op("await", tuple((rank, p, number) for p in peers))]
+
+
+def _emptying(
+    credits: Credits, k: int, tiles: int, places: int, rank: int, peers: list[int], ops: list[Op]
+) -> list[Op]:
+    """``ops``, after which tile k's places are empty, and the credit, if anyone will wait for it."""
+    if not credits.apart:
+        ops = [*ops, Op("fence")]
+    if k < 0 or (k + 1) % credits.every or k + 1 - credits.every + places >= tiles:
+        return ops
+    give = Op("give", tuple((p, rank, (k + 1) // credits.every) for p in peers))
+    if credits.behind_resets:
+        return [*ops, Op("fence"), give]
+    return [*(op for op in ops if op.what != "reset"), give, *(op for op in ops if op.what == "reset")]
 
 
 def broadcast(source: int = 0) -> Kind:

@@ -9,7 +9,8 @@ A state is (launches, ranks, memory). launches[past + e] is the kind of launch e
 the bank that each rank takes for it. Past kinds are told apart only by what they left full, and banks are numbered in
 the order in which launches took them. A rank is (launch, next op, batches, loose): stores that are not yet visible,
 those of its main thread in batches between fences, and those in no order with them. A store is (cell, value, age): into
-the bank of launch - age. Memory is one byte a place, bank by bank: 0 for EMPTY, else launch and tile.
+the bank of launch - age. Memory is one byte a place, bank by bank: 0 for EMPTY, else launch and tile; then one byte a
+credit, whose cells are negative numbers.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _State = tuple[_Launches, tuple[_Rank, ...], bytes]
 
 _PAST = 4
 _TILES = 8
+_CREDITS = ("give", "await")
 _STOP = -1
 _NOTHING = -2  # a past launch, if any, that left nothing full
 _AGING = bytes(b if b <= _TILES else b - _TILES for b in range(256))
@@ -61,11 +63,14 @@ class _Search:
         self.protocol, self.reduced = protocol, reduced
         self.past = protocol.defer if protocol.boundary else _PAST  # how many earlier launches matter
         programs = [[kind.program(r, protocol.world) for r in range(protocol.world)] for kind in protocol.kinds]
-        width = 1 + max(place for ranks in programs for ops in ranks for op in ops for _, place, _ in op.cells)
+        every_op = [op for ranks in programs for ops in ranks for op in ops]
+        width = 1 + max(place for op in every_op if op.what not in _CREDITS for _, place, _ in op.cells)
         self.stride = width * protocol.world
         self.size = self.stride * protocol.banks.count
 
         def compiled(op: Op) -> tuple[str, tuple[_Store, ...]]:
+            if op.what in _CREDITS:
+                return op.what, tuple((-1 - r * protocol.world - p, k + 1, 0) for r, p, k in op.cells)
             return op.what, tuple((r * width + p, 0 if op.what == "reset" else k + 1, 0) for r, p, k in op.cells)
 
         self.programs = [
@@ -105,7 +110,8 @@ class _Search:
         return Verdict(len(came_from))
 
     def _starts(self) -> Iterator[_State]:
-        memory, banks, world = bytes(self.size), self.protocol.banks, self.protocol.world
+        banks, world = self.protocol.banks, self.protocol.world
+        memory = bytes(self.size + world * world)
         past = ((_NOTHING, (banks.before,) * world),) * self.past
         for kind in range(len(self.protocol.kinds)):
             launches, _ = self._renamed((*past, (kind, (banks.first,) * world)), memory)
@@ -134,7 +140,7 @@ class _Search:
                 continue
             program = self.programs[kind][r]
             if at < len(program):
-                if not self.reduced and self._may_read(launches, r, launch, batches, program[at][1], memory):
+                if not self.reduced and self._may_go_on(launches, r, launch, batches, program[at], memory):
                     rank = self._advanced(launches, r, (launch, at + 1, batches, loose), memory)
                     yield f"{name}reads", self._with(state, r, rank, memory)
             elif self._may_end(batches, loose):
@@ -149,15 +155,17 @@ class _Search:
         for cell, _, age in forced:
             cells[self._index(launches, r, after[0] - age, cell)] = 0
         cell, value, age = store
-        index, target = self._index(launches, r, after[0] - age, cell), cell // self.width
-        if value and cells[index]:
+        index = self._index(launches, r, after[0] - age, cell)
+        target = cell // self.width if cell >= 0 else (-1 - cell) // self.protocol.world
+        if value and cell >= 0 and cells[index]:
             raise _Violation(f"{name}a push lands on a full place of rank {target}")
         cells[index] = _value(after[0] - age, value - 1) if value else 0
         memory = bytes(cells)
         new = self._with(state, r, after, memory)
         if value:
             new = self._with(new, target, self._advanced(launches, target, new[1][target], memory), memory)
-        step = f"{name}push of tile {value - 1} reaches rank {target}" if value else f"{name}empties a place"
+        what = f"push of tile {value - 1}" if cell >= 0 else f"credit {value - 1}"
+        step = f"{name}{what} reaches rank {target}" if value else f"{name}empties a place"
         return step, new
 
     def _ended(self, state: _State, r: int, name: str) -> Iterator[tuple[str, _State]]:
@@ -200,15 +208,30 @@ class _Search:
         program = [] if kind == _STOP else self.programs[kind][r]
         while at < len(program):
             what, stores = program[at]
-            if what == "poll":
-                if not self._may_read(launches, r, launch, batches, stores, memory) or not self.reduced:
+            if what in ("poll", "await"):
+                if not self._may_go_on(launches, r, launch, batches, program[at], memory) or not self.reduced:
                     break
+            elif what == "send":
+                loose += stores
             elif what == "fence":
                 batches = (*batches, ()) if batches and batches[-1] else batches
             else:
                 batches = (*batches[:-1], batches[-1] + stores) if batches else (stores,)
             at += 1
         return launch, at, batches, loose
+
+    def _may_go_on(
+        self,
+        launches: _Launches,
+        r: int,
+        launch: int,
+        batches: _Batches,
+        op: tuple[str, tuple[_Store, ...]],
+        memory: bytes,
+    ) -> bool:
+        if op[0] == "poll":
+            return self._may_read(launches, r, launch, batches, op[1], memory)
+        return all(memory[self._index(launches, r, launch, word)] >= _value(launch, n - 1) for word, n, _ in op[1])
 
     def _may_read(
         self, launches: _Launches, r: int, launch: int, batches: _Batches, cells: tuple[_Store, ...], memory: bytes
@@ -235,7 +258,7 @@ class _Search:
         stuck = [r for r, rank in enumerate(ranks) if launches[self.past + rank[0]][0] != _STOP]
         if stuck:
             raise _Violation(f"deadlock: ranks {stuck} wait")
-        expected = bytearray(self.size)
+        expected = bytearray(self.size) + memory[self.size :]
         for back in range(1, self.protocol.defer + 1):
             last, _ = launches[self.past - back]
             for r in range(self.protocol.world):
@@ -253,7 +276,9 @@ class _Search:
         return kind != _NOTHING and len(self.full[kind][r]) > 0
 
     def _index(self, launches: _Launches, r: int, launch: int, cell: int) -> int:
-        """Where a cell lies in the bank that rank r takes for a launch."""
+        """Where a cell lies in the bank that rank r takes for a launch; credits lie behind the banks."""
+        if cell < 0:
+            return self.size - 1 - cell
         return launches[self.past + launch][1][r] * self.stride + cell
 
     def _with(self, state: _State, r: int, rank: _Rank, memory: bytes) -> _State:
@@ -277,7 +302,8 @@ class _Search:
         order = list(dict.fromkeys(taken + [(taken[0] + i) % count for i in range(count)]))
         parts = (memory[bank * self.stride : (bank + 1) * self.stride] for bank in order)
         names = {bank: name for name, bank in enumerate(order)}
-        return tuple((kind, tuple(names[bank] for bank in banks)) for kind, banks in launches), b"".join(parts)
+        renamed = tuple((kind, tuple(names[bank] for bank in banks)) for kind, banks in launches)
+        return renamed, b"".join(parts) + memory[self.size :]
 
 
 def _left_full(program: list[tuple[str, tuple[_Store, ...]]]) -> tuple[int, ...]:

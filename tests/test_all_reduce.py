@@ -202,9 +202,9 @@ def average(ctx: RankContext) -> list[str]:
 
 
 def v2_algorithms(ctx: RankContext) -> list[str]:
-    """Messages through each algorithm by name; those above 4 MiB go through a ring whatever is asked."""
+    """Messages through each algorithm by name; those above 8 MiB go through a ring whatever is asked."""
     flat = [(1,), (1040,), (65537,), (2**18 + 5,)]
-    large = [((5 << 20) // 4 + 3,)] if ctx.world <= 3 else []
+    large = [((9 << 20) // 2 + 3,)] if ctx.world <= 3 else []
     calls = []
     for dtype in DTYPES:
         for shape in flat + large:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from protocol_model import (
     Banks,
+    Credits,
     Kind,
     Op,
     Protocol,
@@ -26,6 +27,7 @@ from protocol_search import search
 SHORT = (one_shot(), two_shot(), two_shot(owners=1), two_shot(gather=False))
 AT_ONCE = tuple(at_once(kind) for kind in SHORT)
 MIXED = (one_shot(), at_once(one_shot()))
+ONE_THREAD = Credits(apart=False)
 ONTO_FULL = "a push lands on a full place of rank"
 WRONG_DATUM = "reads a datum of another launch or tile"
 
@@ -75,12 +77,15 @@ def test_sequences_that_leave_nothing_full_keep_to_two_banks() -> None:
 
 @pytest.mark.parametrize("tiles", range(1, 7))
 @pytest.mark.parametrize("kind", [ring, two_shot_ring])
-def test_rings_of_two_ranks_with_every_step_apart(kind: Callable[..., Kind], tiles: int) -> None:
-    assert_holds(Protocol(2, (kind(tiles),)), reduced=False, at_least=30 * tiles)
+def test_rings_of_two_ranks(kind: Callable[..., Kind], tiles: int) -> None:
+    every_step_apart = kind is ring or tiles <= 3
+    assert_holds(Protocol(2, (kind(tiles),)), reduced=not every_step_apart, at_least=30 * tiles)
 
 
 @pytest.mark.parametrize(
-    "kind", [ring(6), two_shot_ring(5), two_shot_ring(4, last_owners=1)], ids=["ring", "two_shot_ring", "short_last"]
+    "kind",
+    [ring(6, 4, ONE_THREAD), two_shot_ring(5, 4, ONE_THREAD), two_shot_ring(5, 4, ONE_THREAD, last_owners=1)],
+    ids=["ring", "two_shot_ring", "short_last"],
 )
 def test_rings_of_three_ranks(kind: Kind) -> None:
     assert_holds(Protocol(3, (kind,)), reduced=True, at_least=6_500)
@@ -107,24 +112,18 @@ def test_two_banks_with_deferred_emptying_are_caught() -> None:
 
 
 @pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("places", [1, 2, 3, 4, 5])
-def test_a_ring_needs_four_places(places: int, reduced: bool) -> None:
-    verdict = search(Protocol(2, (ring(6, places),)), reduced)
-    assert (verdict.violation == "") == (places >= 4), verdict
+def test_a_ring_needs_twice_as_many_places_as_a_credit_is_for(places: int, every: int, reduced: bool) -> None:
+    verdict = search(Protocol(2, (ring(6, places, Credits(every)),)), reduced)
+    assert (verdict.violation == "") == (places > every and places % every == 0), verdict
 
 
-@pytest.mark.parametrize("reduced", [True, False])
-@pytest.mark.parametrize("back_places", [1, 2, 3, 4])
-@pytest.mark.parametrize("places", [2, 3, 4])
-def test_a_two_shot_ring_needs_four_places_for_shards_and_three_for_sums(
-    places: int, back_places: int, reduced: bool
-) -> None:
-    verdict = search(Protocol(2, (two_shot_ring(6, places, back_places),)), reduced)
-    assert (verdict.violation == "") == (places >= 4 and back_places >= 3), verdict
-
-
-def test_three_places_for_sums_are_enough_for_three_ranks() -> None:
-    assert_holds(Protocol(3, (two_shot_ring(4, places=4, back_places=3),)), reduced=True, at_least=25_000)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("places", [1, 2, 3, 4])
+def test_a_two_shot_ring_needs_a_place_more(places: int, every: int) -> None:
+    verdict = search(Protocol(2, (two_shot_ring(6, places, Credits(every)),)))
+    assert (verdict.violation == "") == (places > every + 1 and places % every == 0), verdict
 
 
 # --- what breaks the rule of banks
@@ -193,15 +192,11 @@ def test_a_reduce_scatter_that_leaves_a_rank_without_a_shard_is_caught(reduced: 
 
 
 @pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("credits", [Credits(awaited=False), Credits(behind_resets=False)], ids=["none", "too_early"])
 @pytest.mark.parametrize("kind", [ring, two_shot_ring])
-def test_a_reset_behind_the_fence_is_caught(kind: Callable[..., Kind], reduced: bool) -> None:
-    assert ONTO_FULL in search(Protocol(2, (kind(6, reset_after_fence=True),)), reduced).violation
-
-
-@pytest.mark.parametrize("reduced", [True, False])
-@pytest.mark.parametrize("kind", [ring, two_shot_ring])
-def test_a_ring_without_its_fence_is_caught(kind: Callable[..., Kind], reduced: bool) -> None:
-    assert ONTO_FULL in search(Protocol(2, (kind(6, fence=False),)), reduced).violation
+def test_a_ring_without_its_credits_is_caught(kind: Callable[..., Kind], credits: Credits, reduced: bool) -> None:
+    verdict = search(Protocol(2, (kind(6, credits=credits),)), reduced)
+    assert ONTO_FULL in verdict.violation or WRONG_DATUM in verdict.violation
 
 
 @pytest.mark.parametrize("reduced", [True, False])

@@ -17,7 +17,7 @@ CommunicatorV1::CommunicatorV1(int rank, int world, int device, int64_t staging_
 CommunicatorHandle CommunicatorV1::publish() {
   const DeviceScope scope(device());
   const int64_t sums_bytes = staging_bytes_ / world() + device::kPackBytes;
-  return DeviceCommunicator::publish(load_pull_kernels(world()), device::kFlagBytes + staging_bytes_ + sums_bytes, 0);
+  return DeviceCommunicator::publish(load_pull_kernels(world()), {device::kFlagBytes + staging_bytes_ + sums_bytes, 0});
 }
 
 std::string CommunicatorV1::attach(const std::vector<CommunicatorHandle>& handles) {

@@ -15,7 +15,8 @@ CommunicatorV2::CommunicatorV2(int rank, int world, int device, int64_t slot_byt
 
 CommunicatorHandle CommunicatorV2::publish() {
   const DeviceScope scope(device());
-  return DeviceCommunicator::publish(load_push_kernels(world()), device::kBanks * bank_bytes(), 0xff);
+  return DeviceCommunicator::publish(load_push_kernels(world()),
+                                     {device::kCreditsBytes, device::kBanks * bank_bytes()});
 }
 
 }  // namespace sgl_comm::cuda

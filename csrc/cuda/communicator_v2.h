@@ -1,6 +1,7 @@
 // Storage for the push kernels: a workspace of three banks a rank (device/push.cuh says who writes them when).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -15,7 +16,7 @@ class CommunicatorV2 : public DeviceCommunicator {
   static constexpr const char* kWhat = "the push kernels do not serve";
   static constexpr int64_t kMinSlotBytes = 64 << 10, kMaxSlotBytes = 256 << 20;
 
-  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and a Control, in blocks of 2
+  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and a little, in blocks of 2
   // MiB.
   CommunicatorV2(int rank, int world, int device, int64_t slot_bytes, Thresholds thresholds, double timeout_seconds,
                  uint64_t first_epoch);
@@ -26,6 +27,10 @@ class CommunicatorV2 : public DeviceCommunicator {
   device::PushView view() const { return {group().view(), static_cast<uint32_t>(bank_bytes())}; }
   int64_t slot_bytes() const { return slot_bytes_; }
   int64_t bank_bytes() const { return (world() - 1) * slot_bytes_; }
+  // The most blocks of a ring of which each needs so much of a slot.
+  int64_t ring_blocks(int64_t block_bytes) const {
+    return std::min<int64_t>(slot_bytes_ / block_bytes, device::kMostRingBlocks);
+  }
 
  private:
   const int64_t slot_bytes_;

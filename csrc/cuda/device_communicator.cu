@@ -6,12 +6,12 @@ DeviceCommunicator::DeviceCommunicator(int rank, int world, int device, Threshol
                                        uint64_t first_epoch)
     : group_(rank, world, device, timeout_seconds, first_epoch), thresholds_(thresholds) {}
 
-CommunicatorHandle DeviceCommunicator::publish(const Residency& limits, int64_t workspace_bytes, int fill) {
+CommunicatorHandle DeviceCommunicator::publish(const Residency& limits, WorkspaceBytes bytes) {
   CommunicatorHandle handle{};
   handle.residency = limits_ = limits;
   handle.thresholds = thresholds_;
   order_.prepare();
-  handle.group = group_.publish(workspace_bytes, fill);
+  handle.group = group_.publish(bytes);
   return handle;
 }
 

@@ -40,8 +40,8 @@ class DeviceCommunicator {
   DeviceCommunicator(int rank, int world, int device, Thresholds thresholds, double timeout_seconds,
                      uint64_t first_epoch);
 
-  // For a protocol whose kernels have these limits and whose workspace has so many bytes, each `fill`.
-  CommunicatorHandle publish(const Residency& limits, int64_t workspace_bytes, int fill);
+  // For a protocol whose kernels have these limits and which keeps so many bytes in the workspace.
+  CommunicatorHandle publish(const Residency& limits, WorkspaceBytes bytes);
   std::string attach(const std::vector<CommunicatorHandle>& handles);  // empty, or why this rank cannot
 
   const DeviceGroup& group() const { return group_; }

@@ -79,7 +79,7 @@ void DeviceGroup::free_retired(bool wait) {
   }
 }
 
-DeviceHandle DeviceGroup::publish(size_t bytes, int fill) {
+DeviceHandle DeviceGroup::publish(WorkspaceBytes bytes) {
   free_retired(false);
   DeviceHandle handle{};
   handle.segment = segment_->publish(rank_, world_, world_ * sizeof(PeerState));
@@ -93,9 +93,9 @@ DeviceHandle DeviceGroup::publish(size_t bytes, int fill) {
   std::memset(pinned, 0, 4096);
   fault_ = static_cast<device::Fault*>(pinned);
   host_abort_ = reinterpret_cast<device::HostAbort*>(static_cast<std::byte*>(pinned) + 256);
-  workspace_ = std::make_unique<Workspace>(bytes, fill, first_epoch_);
+  workspace_ = std::make_unique<Workspace>(bytes, first_epoch_);
   handle.workspace = workspace_->handle();
-  handle.workspace_bytes = static_cast<int64_t>(bytes);
+  handle.workspace_bytes = bytes.all();
   return handle;
 }
 

@@ -35,9 +35,8 @@ class DeviceGroup {
   // Closes this rank's mappings; frees the workspace if no peer still has it open, else keeps it for a later try.
   ~DeviceGroup();
 
-  // Set-up, in this order on every rank; between the two the handles go round the group. `bytes` follow the Control and
-  // are filled with `fill`.
-  DeviceHandle publish(size_t bytes, int fill);
+  // Set-up, in this order on every rank; between the two the handles go round the group. `bytes` follow the Control.
+  DeviceHandle publish(WorkspaceBytes bytes);
   std::string attach(const std::vector<DeviceHandle>& handles);  // empty, or why this rank cannot
   void settle();                                                 // all ranks have attached
 

@@ -10,17 +10,18 @@ namespace {
 constexpr size_t kBlock = 2 << 20;  // IPC maps whole blocks of this size
 }
 
-Workspace::Workspace(size_t bytes, int fill, uint64_t first_epoch) {
-  const size_t rounded = (device::kControlBytes + bytes + kBlock - 1) / kBlock * kBlock;
+Workspace::Workspace(WorkspaceBytes bytes, uint64_t first_epoch) {
+  const int64_t zeros = device::kControlBytes + bytes.zeros;
+  const size_t rounded = (zeros + bytes.ones + kBlock - 1) / kBlock * kBlock;
   void* memory = nullptr;
   SGL_CUDA_CHECK("init", cudaMalloc(&memory, rounded));
   data_ = static_cast<uint8_t*>(memory);
   device::Control control{};
   control.started = first_epoch * device::kEpoch;
   control.baton = device::first_baton(first_epoch).packed();
-  SGL_CUDA_CHECK("init", cudaMemset(data_, 0, device::kControlBytes));
+  SGL_CUDA_CHECK("init", cudaMemset(data_, 0, zeros));
   SGL_CUDA_CHECK("init", cudaMemcpy(data_, &control, sizeof control, cudaMemcpyHostToDevice));
-  SGL_CUDA_CHECK("init", cudaMemset(data_ + device::kControlBytes, fill, rounded - device::kControlBytes));
+  SGL_CUDA_CHECK("init", cudaMemset(data_ + zeros, 0xff, bytes.ones));
   SGL_CUDA_CHECK("init", cudaDeviceSynchronize());
 }
 

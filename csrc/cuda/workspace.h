@@ -14,11 +14,17 @@ struct WorkspaceHandle {
   void* address;  // means something in the owner's process alone
 };
 
+// What a communicator keeps behind the Control, by how it begins: bytes of zeros, then bytes of ones.
+struct WorkspaceBytes {
+  int64_t zeros, ones;
+  int64_t all() const { return zeros + ones; }
+};
+
 // The rank's own workspace. Freed by the destructor; the owner sees to it that no peer has it open then.
 class Workspace {
  public:
-  // A Control at `first_epoch`, then `bytes` of which each is `fill`.
-  Workspace(size_t bytes, int fill, uint64_t first_epoch);
+  // A Control at `first_epoch`, then so many bytes of zeros and so many of ones.
+  Workspace(WorkspaceBytes bytes, uint64_t first_epoch);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;

@@ -115,37 +115,41 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gather_kernel(const __grid_con
 
 // For what the bank cannot hold: a tile is one row a warp.
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) gather_ring_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
+    gather_ring_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const Warp warp = warp_in_grid();
   const Ring<1> ring{warp.place};  // of rows
-  const int64_t num_rows = (m.num_packs + kRowData - 1) / kRowData;
+  const int64_t num_rows = (m.num_packs + kRowData - 1) / kRowData, num_tiles = ring.num_tiles(num_rows);
   const uint32_t stride = ring.stride() * kRowPacks;
   const Peers<kWorld> peers(m.view, stride);
   ptx::wait_for_previous_kernel();
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const uint64_t bank = bank_offset(m.view, start.bank());
+  const Credits<kWorld> credits(m.view, start, num_tiles);
   Trouble trouble = start.trouble();
   const Place place = place_in_grid();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
-  for (int64_t k = 0; ring.pack_of(k - 1, 0) < num_rows; ++k) {
-    if (__any_sync(kWholeWarp, trouble != kFine)) break;
+  for (int64_t k = 0; k <= num_tiles; ++k) {
+    if (trouble == kFine && k < num_tiles) trouble = credits.await_credit(k);
+    const bool fine = !__any_sync(kWholeWarp, trouble != kFine);  // the marks need the whole warp
     const int64_t row = ring.pack_of(k, 0), before = ring.pack_of(k - 1, 0);
-    if (row < num_rows) {
+    if (row < num_rows && fine) {
       const int64_t index = row * kRowData + warp.lane;
       const uint4 own = load_pack<T, kWhole>(m.in, m.shard_count, index);
       push_row<kWorld>(peers, warp, bank + ring.offset(k, 0) * kRowPacks, own);
       store_to<T, kWhole>(shard_of<T>(m, m.out, group.rank), index, own);
     }
-    if (k >= 1) {
+    if (k == 0) continue;
+    if (before < num_rows && fine) {
       uint8_t* const places = banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, 0) * kRowPacks);
       trouble = receive_row<T, kWorld, kWhole>(m, warp, places, stride, before * kRowData + warp.lane);
       __syncwarp();  // the marks have been read by all before one of them empties the place
       empty_places<kWorld>(places + warp.lane * kPackBytes, stride);
       if (warp.lane % 16 == 0) empty_places<kWorld>(places + warp.marks, stride);
     }
-    ptx::fence_acq_rel_sys();
+    if (credits.give_credit(k - 1, trouble)) break;
   }
   ptx::launch_next_kernel();
   if (!leave(entry)) trouble = kOverlap;

@@ -107,39 +107,52 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_loop_kernel(const __g
 constexpr int kOneShotTile = 2;
 
 template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_ring_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
+    one_shot_ring_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const Ring<kOneShotTile> ring{place};
+  const int64_t num_tiles = ring.num_tiles(m.num_packs);
   const Peers<kWorld> peers(m.view, ring.stride());
-  ptx::wait_for_previous_kernel();
-  const Start start = read_start<true>(group);
-  const Entry entry = enter<true>(group, start, 0);
-  const uint64_t bank = bank_offset(m.view, start.bank());
-  Trouble trouble = start.trouble();
-  if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
-  uint4 pushed[kOneShotTile], own[kOneShotTile];
-  for (int64_t k = 0; trouble == kFine && ring.pack_of(k - 1, 0) < m.num_packs; ++k) {
+  uint4 pushed[kOneShotTile], own[kOneShotTile], received[kOneShotTile][kWorld - 1];
+  const auto load = [&](int64_t k) {
 #pragma unroll
     for (int u = 0; u < kOneShotTile; ++u) {
       own[u] = pushed[u];
       const int64_t i = ring.pack_of(k, u);
-      if (i >= m.num_packs) continue;
-      pushed[u] = load_existing<T, kWhole>(m.in, m.count, i);
-      peers.push(bank + ring.offset(k, u), without_sentinel(pushed[u]));
+      if (i < m.num_packs) pushed[u] = load_existing<T, kWhole>(m.in, m.count, i);
+    }
+  };
+  ptx::wait_for_previous_kernel();
+  load(0);  // asked for before the epoch
+  const Start start = read_start<true>(group);
+  const Entry entry = enter<true>(group, start, 0);
+  const uint64_t bank = bank_offset(m.view, start.bank());
+  const Credits<kWorld> credits(m.view, start, num_tiles);
+  Trouble trouble = start.trouble();
+  if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
+  for (int64_t k = 0; k <= num_tiles; ++k) {
+    if (k > 0) load(k);
+    if (trouble == kFine && k < num_tiles) trouble = credits.await_credit(k);
+#pragma unroll
+    for (int u = 0; u < kOneShotTile; ++u) {
+      if (trouble == kFine && ring.pack_of(k, u) < m.num_packs) {
+        peers.push(bank + ring.offset(k, u), without_sentinel(pushed[u]));
+      }
     }
     if (k == 0) continue;
+    const auto places = [&](int u) { return banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, u)); };
+#pragma unroll
+    for (int u = 0; u < kOneShotTile; ++u) fetch_peers<kWorld>(places(u), ring.stride(), received[u]);
 #pragma unroll
     for (int u = 0; u < kOneShotTile; ++u) {
       const int64_t i = ring.pack_of(k - 1, u);
       if (i >= m.num_packs || trouble != kFine) continue;
-      uint8_t* const places = banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, u));
-      uint4 sum;
-      trouble = receive_and_sum<T, kWorld>(group, places, ring.stride(), own[u], sum);
-      empty_places<kWorld>(places, ring.stride());
-      store_existing<T, kWhole>(m.out, m.count, i, sum);
+      trouble = await_fetched<kWorld>(group, places(u), ring.stride(), received[u]);
+      empty_places<kWorld>(places(u), ring.stride());
+      store_existing<T, kWhole>(m.out, m.count, i, sum_in_order<T>(received[u], own[u], group.rank));
     }
-    ptx::fence_acq_rel_sys();
+    if (credits.give_credit(k - 1, trouble)) break;
   }
   ptx::launch_next_kernel();
   if (!leave(entry)) trouble = kOverlap;

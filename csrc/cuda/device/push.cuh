@@ -28,12 +28,17 @@ struct PushView {
   uint32_t bank_bytes;  // what a launch leaves full is counted in packs, of which a word holds 2^30
 };
 
+// Between the Control and the banks: the words in which peers tell the blocks of a ring (ring.cuh) of emptied places.
+// Each has a sector of its own: with four in one, large messages took a third longer.
+constexpr int kMostRingBlocks = 256, kCreditBytes = 32;
+constexpr int64_t kCreditsBytes = (kMaxRanks - 1) * kMostRingBlocks * kCreditBytes;
+
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
 __device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {
   return uint64_t{bank} * view.bank_bytes;
 }
 __device__ __forceinline__ uint8_t* banks_of(const PushView& view, int rank) {
-  return view.group.workspace[rank] + kControlBytes;
+  return view.group.workspace[rank] + kControlBytes + kCreditsBytes;
 }
 
 // A rank sends itself nothing: the peers of rank `receiver`, in order.
@@ -42,6 +47,12 @@ __host__ __device__ __forceinline__ int place_of_sender(int sender, int receiver
 }
 __host__ __device__ __forceinline__ int sender_at(int place, int receiver) {
   return place + (place >= receiver ? 1 : 0);
+}
+
+// What the peer at `place` of rank `rank` tells that rank's block of this number.
+__device__ __forceinline__ unsigned long long* credit_of(const PushView& view, int rank, int place) {
+  return reinterpret_cast<unsigned long long*>(view.group.workspace[rank] + kControlBytes +
+                                               (place * kMostRingBlocks + blockIdx.x) * kCreditBytes);
 }
 
 // Empties what the previous launch left full: pack `first`, `first + stride`, ...; together all of it.
@@ -111,13 +122,51 @@ __device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t st
   return any;
 }
 
-// Polls for a pack of every peer, in order, those of neighbours `stride` bytes apart; false if some are still missing
-// after the quick polls.
+// A pack of every peer, in order, those of neighbours `stride` bytes apart, as far as they are there yet.
 template <int kWorld>
-__device__ __forceinline__ bool poll_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+__device__ __forceinline__ void fetch_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
 #pragma unroll
   for (int p = 0; p < kWorld - 1; ++p) packs[p] = ptx::load_relaxed_sys(places + p * stride);
-  return poll_quickly([&] { return fetch_missing<kWorld>(places, stride, packs); });
+}
+
+// Between two GPUs, polls with two loads under way see a pack earlier (docs/thresholds.md): the plain sum if both are
+// from the start, the fused norm if the first one comes back before there are two. Why that order matters is not known.
+// With `pack` and `other` both asked for; false if the pack is missing after the quick polls.
+__device__ __forceinline__ bool poll_in_turn(const uint8_t* place, uint4& pack, uint4 other) {
+#pragma unroll 1
+  for (int polls = 0; polls < kQuickPolls; polls += 2) {
+    if (!any_sentinel(pack)) return true;
+    pack = ptx::load_relaxed_sys(place);
+    if (!any_sentinel(other)) {
+      pack = other;
+      return true;
+    }
+    other = ptx::load_relaxed_sys(place);
+  }
+  return false;
+}
+
+// Polls for those packs that fetch_peers() has not found; false if some are still missing after the quick polls.
+template <int kWorld>
+__device__ __forceinline__ bool poll_fetched(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+  if constexpr (kWorld == 2) {
+    if (!any_sentinel(packs[0])) return true;
+    packs[0] = ptx::load_relaxed_sys(places);
+    return poll_in_turn(places, packs[0], ptx::load_relaxed_sys(places));
+  } else {
+    return poll_quickly([&] { return fetch_missing<kWorld>(places, stride, packs); });
+  }
+}
+
+// Polls for a pack of every peer; false if some are still missing after the quick polls.
+template <int kWorld>
+__device__ __forceinline__ bool poll_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+  fetch_peers<kWorld>(places, stride, packs);
+  if constexpr (kWorld == 2) {
+    return poll_in_turn(places, packs[0], ptx::load_relaxed_sys(places));
+  } else {
+    return poll_quickly([&] { return fetch_missing<kWorld>(places, stride, packs); });
+  }
 }
 
 // Waits for those packs that are still missing. Returns kFine or the first rank that did not come.
@@ -135,12 +184,20 @@ __device__ __forceinline__ Trouble await_missing(const GroupView& group, const u
   return sender_at(missing, group.rank);
 }
 
-// The one, then the other.
+// Waits for those packs that fetch_peers() has not found.
+template <int kWorld>
+__device__ __forceinline__ Trouble await_fetched(const GroupView& group, const uint8_t* places, uint32_t stride,
+                                                 uint4 (&packs)[kWorld - 1], bool indirect = false) {
+  if (poll_fetched<kWorld>(places, stride, packs)) return kFine;
+  return await_missing<kWorld>(group, places, stride, packs, indirect);
+}
+
+// Waits for a pack of every peer.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
                                                uint4 (&packs)[kWorld - 1], bool indirect = false) {
-  if (poll_peers<kWorld>(places, stride, packs)) return kFine;
-  return await_missing<kWorld>(group, places, stride, packs, indirect);
+  fetch_peers<kWorld>(places, stride, packs);
+  return await_fetched<kWorld>(group, places, stride, packs, indirect);
 }
 
 // Empties places that this very thread has polled.

@@ -118,27 +118,34 @@ __global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
 // For what the bank cannot hold. A thread takes the pack j of every shard, which is its tile. Tile k is pushed, tile
 // k - 1 summed and its sum pushed, the sums of tile k - 2 received.
 template <typename T, int kWorld, bool kWhole, bool kGather>
-__global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid_constant__ Message m) {
+__global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
+    two_shot_ring_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
   const int rank = group.rank;
   const Place place = place_in_grid();
   const Ring<1> ring{place};
+  const int64_t num_tiles = ring.num_tiles(m.num_packs);
   const uint32_t stride = ring.stride(), sums = (kWorld - 1) * stride;
+  constexpr int kLag = kGather ? 2 : 1;  // tiles between the push and the last poll of one
   ptx::wait_for_previous_kernel();
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const uint64_t bank = bank_offset(m.view, start.bank());
+  const Credits<kWorld> credits(m.view, start, num_tiles);
   uint8_t* const banks = banks_of(m.view, rank);
   Trouble trouble = start.trouble();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
   uint4 pushed{};
-  for (int64_t k = 0; trouble == kFine && ring.pack_of(k - (kGather ? 2 : 1), 0) < m.num_packs; ++k) {
+  for (int64_t k = 0; k < num_tiles + kLag; ++k) {
     const uint4 own = pushed;
     const int64_t now = ring.pack_of(k, 0), before = ring.pack_of(k - 1, 0), oldest = ring.pack_of(k - 2, 0);
+    uint4 packs[kWorld];
     if (now < m.num_packs) {
-      uint4 packs[kWorld];
 #pragma unroll
       for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
+    }
+    if (trouble == kFine && k < num_tiles) trouble = credits.await_credit(k);
+    if (now < m.num_packs && trouble == kFine) {
 #pragma unroll
       for (int o = 0; o < kWorld; ++o) {
         if (o == rank) {
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid
         }
       }
     }
-    if (k >= 1 && before < m.num_packs) {
+    if (k >= 1 && before < m.num_packs && trouble == kFine) {
       const uint64_t offset = bank + ring.offset(k - 1, 0);
       trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, banks + offset, stride, sums + offset, before, own);
       empty_places<kWorld>(banks + offset, stride);
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_ring_kernel(const __grid
         if (trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
       }
     }
-    ptx::fence_acq_rel_sys();
+    if (k >= kLag && credits.give_credit(k - kLag, trouble)) break;
   }
   ptx::launch_next_kernel();
   if (!leave(entry)) trouble = kOverlap;

@@ -40,19 +40,18 @@ SGL_HOST_DEVICE float add(float a, float b) {
 
 // A row's length, for divisions by it.
 struct RowLength {
-  double value;  // as fp32 has it
-  double inverse;
+  float value, inverse;
 };
 inline RowLength row_length(int64_t hidden) {
   const float value = static_cast<float>(hidden);
-  return {value, 1.0 / value};
+  return {value, 1.0f / value};
 }
 
 SGL_HOST_DEVICE float divide(float a, RowLength length) {
 #ifdef __CUDA_ARCH__
   return device::quotient(a, length.value, length.inverse);
 #else
-  return a / static_cast<float>(length.value);
+  return a / length.value;
 #endif
 }
 // Of the square root, once that is rounded.

@@ -21,12 +21,11 @@ struct Differences {
 // A thread a number at a time; `length` 0 is for the roots.
 __global__ void compare(uint32_t length, Differences* found) {
   const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
-  const double b = static_cast<float>(length);
-  const double inverse = __drcp_rn(b);
+  const float b = static_cast<float>(length), inverse = __frcp_rn(b);
   for (uint64_t bits = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32; bits += step) {
     const float a = __uint_as_float(static_cast<uint32_t>(bits));
     if (length != 0) {
-      if (differ(quotient(a, b, inverse), __fdiv_rn(a, static_cast<float>(b)))) atomicAdd(&found->quotient, 1ull);
+      if (differ(quotient(a, b, inverse), __fdiv_rn(a, b))) atomicAdd(&found->quotient, 1ull);
     } else if (a >= 0.0f || a != a) {
       const float expected = __fsqrt_rn(a);
       if (differ(root(a), expected)) atomicAdd(&found->root, 1ull);

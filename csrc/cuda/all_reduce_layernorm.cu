@@ -18,8 +18,8 @@ namespace {
 
 constexpr const char* kOp = kAllReduceLayerNorm;
 
-constexpr int64_t kMostClusteredRows = 8;
-constexpr int kFewestThreads = 128;  // of a clustered block
+constexpr int64_t kMostClusteredRows = 8, kMostClusteredRowsAlone = 32;  // the latter where no ranks share a device
+constexpr int kFewestThreads = 128;                                      // of a clustered block
 
 // The tensor itself where it is 16-byte aligned, else an aligned copy.
 Tensor aligned_or_copy(const Tensor& tensor) {
@@ -44,36 +44,54 @@ struct Plan {
   bool late;   // lets the next one begin only at its end
 };
 Plan plan_for(const CommunicatorV2& comm, const LayerNormCall& call, bool two_shot) {
-  const int slots = row_slots(call.hidden);
+  const Residency& limits = comm.limits();
+  const int sharing = limits.ranks, slots = row_slots(call.hidden);
   const int groups = row_groups(call.hidden) > slots ? kMostGroups : 1;
-  unsigned cluster = slots > device::kMaxThreads ? 2 : 1;
-  if (comm.limits().dependent_launch && call.rows <= kMostClusteredRows) {
-    while (cluster < kMostClustered && slots / (2 * cluster) >= kFewestThreads && slots % (2 * cluster * kTree) == 0) {
-      cluster *= 2;
-    }
-  }
-  const unsigned threads = (slots / cluster + kTree - 1) / kTree * kTree;  // whole trees; some slots may have no group
-  const auto most_rows = [&](FusedRows rows, bool late) {
-    const Kind kind = kind_of(call.dtype, comm.world(), rows, groups);
-    return std::max<int64_t>(1, comm.limits().most_blocks(kind, threads, cluster, late) / cluster);
+  // Whole trees; some slots may have no group.
+  const auto threads_of = [&](int parts) { return static_cast<unsigned>((slots / parts + kTree - 1) / kTree * kTree); };
+  const auto most_rows = [&](FusedRows rows, int of_groups, unsigned threads, unsigned cluster, bool late) {
+    const Kind kind = kind_of(call.dtype, comm.world(), rows, of_groups);
+    return std::max<int64_t>(1, limits.most_blocks(kind, threads, cluster, late) / cluster);
   };
   // Where ranks share a device, what small blocks of one launch leave of its processors may be too little for a large
   // block of another, which then seems to hold up later launches, also those that the first waits for. With two ranks
   // only blocks that fill a processor are too large, with more any may be.
-  const int sharing = comm.limits().ranks;
-  const auto apart = [&](FusedRows rows) {
-    const bool fills = threads > 256 && kind_of(call.dtype, comm.world(), rows, groups) == Kind::kRows;
+  const auto apart = [&](FusedRows rows, int of_groups, unsigned threads) {
+    const bool fills = threads > 256 && kind_of(call.dtype, comm.world(), rows, of_groups) == Kind::kRows;
     return sharing > 2 || (sharing == 2 && fills);
   };
+
+  unsigned cluster = slots > device::kMaxThreads ? 2 : 1;
+  const bool few = call.rows <= kMostClusteredRows;
+  if (limits.dependent_launch && (few || (sharing == 1 && !two_shot && groups == 1))) {
+    const auto divides = [&](unsigned blocks) {
+      return blocks <= kMostClustered && slots / blocks >= kFewestThreads && slots % (blocks * kTree) == 0;
+    };
+    const auto fit = [&](unsigned blocks) {
+      return call.rows <= kMostClusteredRowsAlone &&
+             call.rows <= most_rows(FusedRows::kOne, groups, threads_of(blocks), blocks, false);
+    };
+    while (divides(2 * cluster) && (few || fit(2 * cluster))) cluster *= 2;
+  }
+  const unsigned threads = threads_of(cluster);
   const auto with = [&](FusedRows rows, int64_t at_once, bool late) {
     const Shape shape{Residency::evenly(call.rows, at_once) * cluster, threads, cluster};
-    return Plan{rows, groups, shape, !apart(rows), late || apart(rows)};
+    const bool keeps_apart = apart(rows, groups, threads);
+    return Plan{rows, groups, shape, !keeps_apart, late || keeps_apart};
   };
-  if (!two_shot && groups == 1 && call.rows <= most_rows(FusedRows::kOne, false)) {
-    return with(FusedRows::kOne, call.rows, false);
+  if (!two_shot && groups == 1) {
+    constexpr FusedRows kOne = FusedRows::kOne;
+    if (call.rows <= most_rows(kOne, 1, threads, cluster, false)) return with(kOne, call.rows, false);
+    // Two slots a thread make one block of what would be a cluster.
+    const unsigned half = threads_of(kMostGroups);
+    if (slots > device::kMaxThreads && call.rows <= most_rows(kOne, kMostGroups, half, 1, false) &&
+        !apart(kOne, kMostGroups, half)) {
+      return Plan{kOne, kMostGroups, Shape{static_cast<unsigned>(call.rows), half}, true, false};
+    }
   }
   const FusedRows rows = two_shot ? FusedRows::kManyTwoShot : FusedRows::kMany;
-  const int64_t early = most_rows(rows, false), late = most_rows(rows, true);
+  const int64_t early = most_rows(rows, groups, threads, cluster, false);
+  const int64_t late = most_rows(rows, groups, threads, cluster, true);
   const auto rounds = [&](int64_t at_once) { return (call.rows + at_once - 1) / at_once; };
   return sharing <= 2 && rounds(late) < rounds(early) ? with(rows, late, true) : with(rows, early, false);
 }

@@ -10,13 +10,14 @@ LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows ro
       constexpr int kWorld = n.value;
       switch (rows) {
         case FusedRows::kOne:
-          return device::all_reduce_layernorm_kernel<T, kWorld, false, 1, true>;
+          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, 1, true>
+                             : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, kMostGroups, true>;
         case FusedRows::kMany:
-          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, false>
-                             : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, false>;
+          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, 1, false>
+                             : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, 1, false>;
         default:
-          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, true, 1, false>
-                             : device::all_reduce_layernorm_kernel<T, kWorld, true, kMostGroups, false>;
+          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, true, 1, 1, false>
+                             : device::all_reduce_layernorm_kernel<T, kWorld, true, kMostGroups, 1, false>;
       }
     });
   });

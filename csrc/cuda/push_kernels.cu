@@ -21,8 +21,7 @@ Residency load_push_kernels(int world) {
     residency.add(kind_of(dtype, world, rows, groups), kernel, kMostClustered);
   };
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    add_rows(dtype, FusedRows::kOne, 1);
-    for (const FusedRows rows : {FusedRows::kMany, FusedRows::kManyTwoShot}) {
+    for (const FusedRows rows : {FusedRows::kOne, FusedRows::kMany, FusedRows::kManyTwoShot}) {
       for (const int groups : {1, kMostGroups}) add_rows(dtype, rows, groups);
     }
   }

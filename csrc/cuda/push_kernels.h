@@ -26,7 +26,8 @@ PushKernel gather_kernel(Unit unit, int world, bool ring);
 
 // How many rows a block or cluster of a fused launch has: one, or several, one- or two-shot.
 enum class FusedRows { kOne, kMany, kManyTwoShot };
-// groups: how many groups of a row a thread has at most, 1 or kMostGroups; 1 where it is kOne.
+// groups: how many groups of a row a thread has at most, 1 or kMostGroups: in one slot or, where it is kOne, in as
+// many.
 using LayerNormKernel = void (*)(device::LayerNormMessage);
 constexpr int kMostGroups = 2;
 constexpr unsigned kMostClustered = 4;  // blocks that share a row

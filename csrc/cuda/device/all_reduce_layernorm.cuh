@@ -104,18 +104,21 @@ class PackSums {
 };
 
 // How many blocks a multiprocessor is to hold at least, where a thread has so many packs of a row.
-constexpr int row_blocks(int packs, int world, bool once) { return packs == 1 && (!once || world <= 3) ? 2 : 1; }
+constexpr int row_blocks(int packs, int world, bool once) {
+  return (packs == 1 && (!once || world <= 3)) || (packs == 2 && once && world == 2) ? 2 : 1;
+}
 
-// A row is a block's, or a cluster's, which takes one (kOnce) or several. A thread that has missed a peer goes on with
-// NaN, so that the block stays together; its rows become NaN.
-template <typename T, int kWorld, bool kTwoShot, int kGroups, bool kOnce>
+// A row is a block's, or a cluster's, which takes one (kOnce) or several. A thread has kGroups groups of it at most, in
+// kSlots slots. A thread that has missed a peer goes on with NaN, so that the block stays together; its rows become
+// NaN.
+template <typename T, int kWorld, bool kTwoShot, int kGroups, int kSlots, bool kOnce>
 __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::kCount, kWorld, kOnce))
     all_reduce_layernorm_kernel(const __grid_constant__ LayerNormMessage m) {
   using Packs = RowPacks<T, kGroups>;
-  __shared__ RowSum::Room room;
+  __shared__ RowSumRoom room;
   __shared__ Ending ending;
   const GroupView& group = m.view.group;
-  RowSum row_sum(room);
+  RowSum<kSlots> row_sum(room);
   const Packs packs(row_sum, m.hidden);
   const int first_row = ptx::cluster_index(), row_step = ptx::num_clusters();
   PackSums<T, kWorld, kTwoShot> sums(m.view, kTwoShot ? m.shard_packs : m.rows * packs.of_row(), m.defer);
@@ -143,7 +146,9 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
              [&](int row) { packs.load(m.in, row, pushed); });
   }
   packs.load(m.residual, first_row, residual);
-  const RowWeights<T, kGroups> weights(packs, m.weight), biases(packs, m.bias);
+  constexpr bool kBiasLate = kSlots > 1;  // asked for when it is needed, since registers are short
+  const RowWeights<T, kGroups> weights(packs, m.weight), early_bias(packs, kBiasLate ? Weights{} : m.bias);
+  const auto biases = [&] { return kBiasLate ? RowWeights<T, kGroups>(packs, m.bias) : early_bias; };
   const Entry entry = enter<false>(group, start, sums.left_full());
   if (threadIdx.x == 0) ending = entry.ending;  // registers are short
   row_sum.begin();
@@ -165,7 +170,6 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
   }
   each_row(
       [&](int row) {
-        float v[kGroups][kGroup]{};
         packs.each(row, [&](int n, int i) {
           if (!kTwoShot) {
             sums.sum_up(i, own[n]);
@@ -175,10 +179,10 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
             own[n] = ptx::load_input(static_cast<const uint4*>(m.normed) + i);
           }
           const uint4 terms[2] = {own[n], residual[n]};
-          const uint4 sum = sum_in_order<T>(terms);
-          static_cast<uint4*>(m.new_residual)[i] = sum;
-          packs.widen(sum, n, v);
+          static_cast<uint4*>(m.new_residual)[i] = own[n] = sum_in_order<T>(terms);
         });
+        float v[kGroups][kGroup]{};
+        packs.each(row, [&](int n, int) { packs.widen(own[n], n, v); });
         normalise<T>(v, packs, weights, biases, m.norm, m.length, row_sum);
         packs.store(m.normed, row, v);
       },

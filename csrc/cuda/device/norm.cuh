@@ -102,8 +102,9 @@ class RowPacks {
   using Array = uint4[kCount];
 
   // hidden: a multiple of kGroup.
-  __device__ __forceinline__ RowPacks(const RowSum& sum, int hidden)
-      : slot_(sum.slot()), slots_(sum.num_slots()), groups_(hidden / kGroup) {}
+  template <int kSlots>
+  __device__ __forceinline__ RowPacks(const RowSum<kSlots>& sum, int hidden)
+      : slot_(sum.slot()), slots_(sum.num_threads()), groups_(hidden / kGroup) {}
 
   __device__ __forceinline__ int hidden() const { return groups_ * kGroup; }
   __device__ __forceinline__ int of_row() const { return groups_ * kGroupPacks<T>; }
@@ -193,32 +194,35 @@ class RowWeights {
   const bool wide_, any_;
 };
 
-// The norm of a row, in place, of which each thread has some groups; `v` of others is 0. Needs all threads of the row.
-template <typename T, int kGroups>
+// The norm of a row, in place, of which each thread has some groups, in one slot or each in its own; `v` of others is
+// 0. biases() gives the biases when they are needed. Needs all threads of the row.
+template <typename T, int kGroups, int kSlots, typename Biases>
 __device__ __forceinline__ void normalise(float (&v)[kGroups][kGroup], const RowPacks<T, kGroups>& packs,
-                                          const RowWeights<T, kGroups>& weights, const RowWeights<T, kGroups>& biases,
-                                          const Norm& norm, RowLength length, RowSum& row_sum) {
+                                          const RowWeights<T, kGroups>& weights, Biases&& biases, const Norm& norm,
+                                          RowLength length, RowSum<kSlots>& row_sum) {
+  static_assert(kSlots == 1 || kSlots == kGroups);
   float all;
 #pragma unroll 1
   for (bool centred = !norm.layer;; centred = true) {
-    float sum = 0.0f;
+    float totals[kSlots];
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
       float terms[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) terms[k] = centred ? mul(v[u][k], v[u][k]) : v[u][k];
-      if (u == 0) {
-        sum = sum_of_group(terms);
+      if (u < kSlots) {
+        totals[u] = sum_of_group(terms);
       } else if (packs.has_group(u)) {
-        sum = add(sum, sum_of_group(terms));
+        totals[0] = add(totals[0], sum_of_group(terms));
       }
     }
-    all = row_sum.of(sum);
+    all = row_sum.of(totals);
     if (centred) break;
     const float mean = divide(all, length);
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) subtract_mean(v[u], mean, packs.has_group(u) ? kGroup : 0);
   }
+  const RowWeights<T, kGroups> bias = biases();
   const float factor = norm_factor(all, length, norm.eps);
 #pragma unroll
   for (int u = 0; u < kGroups; ++u) {
@@ -226,8 +230,8 @@ __device__ __forceinline__ void normalise(float (&v)[kGroups][kGroup], const Row
     float other[kGroup];
     weights.get(u, other);
     scale(v[u], factor, other, norm.weight_offset);
-    if (biases) {
-      biases.get(u, other);
+    if (bias) {
+      bias.get(u, other);
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) v[u][k] = add(v[u][k], other[k]);
     }
@@ -249,22 +253,22 @@ struct NormMessage {
 
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant__ NormMessage m) {
-  __shared__ RowSum::Room room;
+  __shared__ RowSumRoom room;
   const int64_t hidden = m.hidden, groups = row_groups(hidden);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * hidden;
   const auto row = [&](const void* array) { return static_cast<const typename T::Bits*>(array) + first; };
   const auto row_of = [&](void* array) { return static_cast<typename T::Bits*>(array) + first; };
-  RowSum sum(room);
+  RowSum<1> sum(room);
   float v[kGroup], other[kGroup];
-  float total = 0.0f;
+  float total[1] = {0.0f};
   // The total of what each group adds, in their order.
   const auto each_group = [&](auto&& value) {
     for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
       const float one = value(g);
-      total = g < blockDim.x ? one : add(total, one);
+      total[0] = g < blockDim.x ? one : add(total[0], one);
     }
     const float all = sum.of(total);
-    total = 0.0f;
+    total[0] = 0.0f;
     return all;
   };
   ptx::wait_for_previous_kernel();

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class Plan:
     context: int
     samples: int
     graphs: bool
+    compiled: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +119,11 @@ def logits_of(model: Step3p5 | Unsharded, prompt: Tensor, added: Tensor) -> Tens
     return torch.cat(found + [model(ids, cache) for ids in added.split(1, 1)], 1)
 
 
-def models_of(ctx: RankContext, config: ModelConfig, groups: LayerGroups) -> dict[str, Step3p5]:
+def models_of(ctx: RankContext, config: ModelConfig, groups: LayerGroups, compiled: bool) -> dict[str, Step3p5]:
     """The same model by each contender's means, with the same weights."""
-    fused = Step3p5(config, groups)
-    models = {"sgl_comm fused": fused}
-    models["sgl_comm separate"] = Step3p5(config, groups, all_reduce=ops.all_reduce, weights_of=fused)
+    fused = Step3p5(config, groups, compiled=compiled)
+    separate = functools.partial(Step3p5, config, groups, weights_of=fused, compiled=compiled)
+    models = {"sgl_comm fused": fused, "sgl_comm separate": separate(all_reduce=ops.all_reduce)}
     peer = peer_group(ctx.group, ctx.device)
     if peer is not None:
         name, group = peer
@@ -130,7 +132,7 @@ def models_of(ctx: RankContext, config: ModelConfig, groups: LayerGroups) -> dic
             dist.all_reduce(x, group=group)
             return x
 
-        models[name] = Step3p5(config, groups, all_reduce=all_reduce, weights_of=fused)
+        models[name] = separate(all_reduce=all_reduce)
     return models
 
 
@@ -141,7 +143,7 @@ def measure(ctx: RankContext, config: ModelConfig, plan: Plan) -> list[Figures]:
         whole = Unsharded(config, ctx.device)
         checks = [expected_of(whole, batch, plan.context) for batch in plan.batches]
         del whole  # the models need the memory
-        models = models_of(ctx, config, groups)
+        models = models_of(ctx, config, groups, plan.compiled)
         for batch, check in zip(plan.batches, checks, strict=True):
             everyone = [
                 Decode(name, model, batch, plan.context, exact=name.startswith("sgl_comm"))
@@ -234,6 +236,7 @@ def main() -> int:
     parser.add_argument("--model", choices=list(SMALL), default="step3p5", help="step3p5: a dense layer, then MoE")
     parser.add_argument("--layers", type=int, default=4, help="default 4")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences; several are measured in turn")
+    parser.add_argument("--compile", action="store_true", help="compile what a layer computes, as serving engines do")
     parser.add_argument("--context", type=int, help="tokens a sequence has (default 128; 1024 on GPUs)")
     parser.add_argument("--dtype", choices=list(bench.DTYPES), help="default float32; bfloat16 on GPUs")
     parser.add_argument("--set", type=parse_size, nargs="+", default=[], metavar="NAME=NUMBER", help="sizes")
@@ -248,11 +251,12 @@ def main() -> int:
         config, backend = config_of(args, ranks.device), ranks.measure(bench.backend_of)
         graphs = ranks.device == "cuda" and backend != "gloo"
         with report.progress(ranks.leads, "measuring"):
-            figures = ranks.measure(measure, config, Plan(args.batch, context, args.iters, graphs))
+            figures = ranks.measure(measure, config, Plan(args.batch, context, args.iters, graphs, args.compile))
         setting = {
             **environment(), "world": ranks.world, "device": ranks.device, "backend": backend,
             "ranks": ranks.placing, "form": f"CUDA graphs of {GRAPH_STEPS} steps" if graphs else "eager",
-            "model": args.model, "context": context, **dataclasses.asdict(config), "dtype": str(config.dtype),
+            "model": args.model, "compiled": args.compile, "context": context, **dataclasses.asdict(config),
+            "dtype": str(config.dtype),
         }  # fmt: skip
     if ranks.leads:
         report.print_setting(setting)

@@ -47,12 +47,13 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
         assert (row["samples"], row["wrong"]) == (3, 0)
 
 
-def test_llama_under_torchrun() -> None:
+def test_llama_compiled_under_torchrun() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_script("--model", "llama", "--dtype", "bfloat16", launcher=launcher)
+    done = run_script("--model", "llama", "--dtype", "bfloat16", "--compile", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if not line.startswith("#")]) == 3, "one rank prints"
     assert "# layers: DD\n" in done.stdout
+    assert "# compiled: True\n" in done.stdout
 
 
 def wrong_counts(ctx: RankContext, dtype: torch.dtype) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import embedding, one_hot
 
 from sgl_comm.layers import LayerCommunicator, LayerGroups, LayerScatterModes, Norm, PartialSum, final_norm
-from sgl_comm.models.blocks import Cache, Ends, LayerWeights, ModelConfig, Place, rms_norm
+from sgl_comm.models.blocks import Attention, Cache, Ends, LayerWeights, Mlp, ModelConfig, Place, rms_norm
 
 AllReduce = Callable[[Tensor, str], Tensor]
 """Of this rank's addend, which it may overwrite, and the group's name; as ``sgl_comm.ops.all_reduce``."""
@@ -59,6 +60,16 @@ class Unsharded:
         return (rms_norm(x, self.ends.norm) @ self.ends.head.mT).unflatten(0, ids.shape)
 
 
+MOST_COMPILED_TOKENS = 64
+"""Rows of a compiled MLP: a decode step's. Prompts have too many lengths to compile for."""
+
+
+@functools.cache
+def _compiled(block: type[Attention] | type[Mlp]) -> Callable[..., Tensor]:
+    """What calls of a block's instances run, compiled for each shape by itself."""
+    return torch.compile(block.__call__, dynamic=False)
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One rank's part of a layer: what is computed between the three places of ``comm``."""
@@ -67,21 +78,24 @@ class Layer:
     weights: LayerWeights
     all_reduce: AllReduce | None
     group: ProcessGroup | None
+    compiled: bool
 
     def attention(self, x: Tensor, keys: Tensor, values: Tensor, place: Place) -> PartialSum:
         """From what ``prepare_attn`` gives to what ``prepare_mlp`` takes."""
-        return self.comm.attn_output(self.weights.attention(x, keys, values, place))
+        compute = _compiled(Attention) if self.compiled and place.positions.size(0) == 1 else Attention.__call__
+        return self.comm.attn_output(compute(self.weights.attention, x, keys, values, place))
 
     def mlp(self, x: Tensor) -> PartialSum | Tensor:
         """From what ``prepare_mlp`` gives to what ``postprocess_layer`` takes."""
         weights, comm = self.weights, self.comm
+        compute = _compiled(Mlp) if self.compiled and x.size(0) <= MOST_COMPILED_TOKENS else Mlp.__call__
         if weights.router is None or weights.shared is None:
-            return comm.mlp_output(self._reduced(weights.mlp(x)))
+            return comm.mlp_output(self._reduced(compute(weights.mlp, x)))
         if comm.groups.config.moe_a2a_backend is None:
-            routed = weights.mlp(x, weights.router(x))
+            routed = compute(weights.mlp, x, weights.router(x))
         else:
             routed = self._from_other_ranks(x)
-        shared = weights.shared(x)
+        shared = compute(weights.shared, x)
         if self.all_reduce is not None:
             return comm.mlp_output(self._reduced(routed + shared))
         return comm.mlp_output(routed) + comm.mlp_output(shared)
@@ -136,6 +150,8 @@ class Step3p5:
         all_reduce: None for the package's fused ops. Else every all-reduce is a call of this, and a norm another one
             behind it: the same bits, if it is ``sgl_comm.ops.all_reduce``.
         weights_of: a model of the same config and groups, to share its weights.
+        compiled: whether ``torch.compile`` makes what a decode step computes between its collectives: fewer kernels,
+            and other last bits.
 
     Raises:
         ValueError: heads, units or experts that cannot be divided over the ranks.
@@ -152,6 +168,7 @@ class Step3p5:
         allow_reduce_scatter: bool = True,
         all_reduce: AllReduce | None = None,
         weights_of: Step3p5 | None = None,
+        compiled: bool = False,
     ) -> None:
         self.config, self.groups, self.device = config, groups, groups.tp.device
         fused, last = all_reduce is None, len(config.layers) - 1
@@ -182,7 +199,7 @@ class Step3p5:
                 mlp_reduces=not fused,
             )
             part = _part(weights, comm) if weights_of is None else weights
-            self.layers.append(Layer(comm, part, all_reduce, group))
+            self.layers.append(Layer(comm, part, all_reduce, group, compiled))
         self.ends = Ends.make(config, self.device) if weights_of is None else weights_of.ends
 
     def make_cache(self, sequences: int, max_tokens: int) -> Cache:

@@ -5,7 +5,7 @@
 // are added as sum_of_group() says. There are row_slots(hidden) slots, a multiple of 32; slot s adds groups s, s +
 // slots, s + 2 * slots, ... in that order. 32 neighbouring slots are added in the same way, those half of them apart
 // first, down to neighbours, and so are the at most 32 sums of those, filled up with zeros, if there are several. On a
-// GPU a slot is a thread, and a tree of 32 is a warp's butterfly.
+// GPU a thread has a slot or two, and 32 slots are a warp's butterfly.
 //
 // Every operation is rounded by itself: no product is fused with a sum.
 #pragma once

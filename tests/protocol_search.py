@@ -231,7 +231,10 @@ class _Search:
     ) -> bool:
         if op[0] == "poll":
             return self._may_read(launches, r, launch, batches, op[1], memory)
-        return all(memory[self._index(launches, r, launch, word)] >= _value(launch, n - 1) for word, n, _ in op[1])
+        found = [(memory[self._index(launches, r, launch, word)], n) for word, n, _ in op[1]]
+        if any(value >= _value(launch + 1, 0) for value, _ in found):
+            raise _Violation(f"rank {r} finds a credit of a later launch, which the kernels do not take")
+        return all(value >= _value(launch, n - 1) for value, n in found)
 
     def _may_read(
         self, launches: _Launches, r: int, launch: int, batches: _Batches, cells: tuple[_Store, ...], memory: bytes

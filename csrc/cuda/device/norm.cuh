@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm of rows: norm.h's arithmetic, a slot a thread. The threads of a block, or of a cluster of
+// RMSNorm and LayerNorm of rows: norm.h's arithmetic. The threads of a block, or of a cluster of
 // blocks, have one row at a time.
 #pragma once
 

@@ -58,9 +58,6 @@ __device__ __forceinline__ uint4 load_input(const void* p) {
   return v;
 }
 
-// What this thread wrote before is seen by every thread of the system that sees what it writes after.
-__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-
 // Programmatic dependent launch. Before wait_for_previous_kernel() nothing that the previous kernel of the stream
 // wrote may be touched; after it, all of that kernel is done. launch_next_kernel() lets the next one start. `ready`,
 // not null, is made before the wait: the compiler otherwise puts off to after it what could be done before.

@@ -129,9 +129,8 @@ __device__ __forceinline__ void fetch_peers(const uint8_t* places, uint32_t stri
   for (int p = 0; p < kWorld - 1; ++p) packs[p] = ptx::load_relaxed_sys(places + p * stride);
 }
 
-// Between two GPUs, polls with two loads under way see a pack earlier (docs/thresholds.md): the plain sum if both are
-// from the start, the fused norm if the first one comes back before there are two. Why that order matters is not known.
-// With `pack` and `other` both asked for; false if the pack is missing after the quick polls.
+// Polls with two loads under way, `pack` and `other`; false if it has not seen the pack after the quick polls. What is
+// gained, and why poll_peers() begins with two and poll_fetched() with one, is in docs/thresholds.md.
 __device__ __forceinline__ bool poll_in_turn(const uint8_t* place, uint4& pack, uint4 other) {
 #pragma unroll 1
   for (int polls = 0; polls < kQuickPolls; polls += 2) {

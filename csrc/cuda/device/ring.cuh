@@ -5,8 +5,7 @@
 // Why reuse is safe. Tile k + kRingPlaces goes where tile k was, once each peer has given credit for tile k: all
 // threads of its block of this number have emptied that tile's places and those before, and met at a barrier, and one
 // of them has told this rank so by a store that releases what went before; a thread that awaits credit acquires it. A
-// block gives credit for kCreditTiles tiles at once: in a trial between two GPUs a fence in every thread and tile took
-// a third of the time.
+// block gives credit for kCreditTiles tiles at once.
 // A credit is a word of this rank's workspace, one a peer and block, which the peer alone writes: the epoch, and of how
 // many times kCreditTiles the last bits. What an earlier launch has left there is of another epoch. Within one, what is
 // there is never far from what is awaited, since nobody gets ahead of its peers by more than its places.
@@ -71,8 +70,8 @@ class Credits {
     return kFine;
   }
 
-  // After tile k's places have been emptied. Needs all threads of the block, each with its own trouble. True if one of
-  // them is in trouble, now or at the next few tiles' end: then all are.
+  // After tile k's places have been emptied. Needs all threads of the block, each with its own trouble. True, at
+  // a tile that gives credit, if any of them is in trouble: then all are.
   __device__ __forceinline__ bool give_credit(int64_t k, Trouble& trouble) const {
     __shared__ Trouble of_block;
     if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingPlaces >= num_tiles_) return false;

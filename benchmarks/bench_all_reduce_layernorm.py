@@ -102,11 +102,8 @@ def measure(
             everyone = contenders_of(norm, groups, peer)
             wrong = sum(count_wrong(ctx, each, *arrays) for each in everyone)
             x = timing.timed_values(tokens * hidden, dtype, ctx.device).view(tokens, hidden)
-            if ctx.device.type == "cuda" and groups.tp.backend != "gloo":
-                timings = timing.time_graphs(everyone, x, ctx.group, samples, groups.capture)
-            else:
-                synchronize = torch.cuda.synchronize if ctx.device.type == "cuda" else lambda: None
-                timings = timing.time_eager(everyone, x, ctx.group, samples, BUDGET_S, synchronize)
+            capture = groups.capture if bench.in_graphs(ctx.device.type, groups.tp.backend) else None
+            timings = timing.time_calls(everyone, x, ctx.group, samples, BUDGET_S, capture)
             times = {each.name: timed.median_us for each, timed in zip(everyone, timings, strict=True)}
             results[tokens, hidden] = {**times, "#wrong": wrong}
         groups.tp.check()

@@ -164,10 +164,8 @@ def measure(ctx: RankContext, config: ModelConfig, plan: Plan) -> list[Figures]:
 def time(ctx: RankContext, groups: LayerGroups, everyone: Sequence[Decode], plan: Plan) -> list[Timing]:
     """Of a step of each contender."""
     unused = torch.zeros(1, device=ctx.device)
-    if plan.graphs:
-        return timing.time_graphs(everyone, unused, ctx.group, plan.samples, groups.capture, GRAPH_STEPS)
-    synchronize = torch.cuda.synchronize if ctx.device.type == "cuda" else lambda: None
-    return timing.time_eager(everyone, unused, ctx.group, plan.samples, BUDGET_S, synchronize)
+    capture = groups.capture if plan.graphs else None
+    return timing.time_calls(everyone, unused, ctx.group, plan.samples, BUDGET_S, capture, GRAPH_STEPS)
 
 
 def expected_of(whole: Unsharded, batch: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +247,7 @@ def main() -> int:
         if context <= CHECKED_STEPS:
             parser.error(f"--context must be above {CHECKED_STEPS}")
         config, backend = config_of(args, ranks.device), ranks.measure(bench.backend_of)
-        graphs = ranks.device == "cuda" and backend != "gloo"
+        graphs = bench.in_graphs(ranks.device, backend)
         with report.progress(ranks.leads, "measuring"):
             figures = ranks.measure(measure, config, Plan(args.batch, context, args.iters, graphs, args.compile))
         setting = {

@@ -13,7 +13,7 @@ _ops = torch.ops.sgl_comm
 _BANKS = 3
 _MOST_MAX_SIZE = 8 << 20
 _MOST_WORKSPACE = (48 << 20) - (64 << 10)
-"""Bytes of a rank's banks by default; with the control words this makes 48 MiB, and 64 MiB with V1's workspace."""
+"""Bytes of a rank's banks by default; with control words and credits this makes 48 MiB, and 64 MiB with V1's."""
 
 
 def default_max_size(world: int) -> int:

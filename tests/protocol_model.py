@@ -5,14 +5,13 @@ its launches a rank takes one bank, by what its last two did (Banks). A launch i
 peer's places), polls (wait until places of one's own are not EMPTY, and read them), resets (EMPTY into places just
 read, by the thread that polled them) and fences. In a ring other threads of the block push than the one that gives
 credit ("send"), in no order with what that does. A credit is a word that one peer alone writes, in no bank and never
-emptied: "give" stores the launch and a number there, "await" waits for that number of the same launch, or a later one.
-What a launch reads and does not reset it leaves full: other threads
-of launch e store EMPTY into every place that launch e - `defer` left full. All ranks make the same calls, in any order
-of kinds, some of which leave their bank full and some not: the search (protocol_search.py) chooses a kind, or to stop,
-whenever the first rank gets to a new launch. Launches are counted from the slowest rank's and banks are renamed, so
-that finitely many states stand for sequences of any length. One pack a rank is enough: packs of one launch share no
-place, and more of them only make a launch end later. Kinds use the same places from the first on, as far as they can
-overlap.
+emptied: "give" stores the launch and a number there, "await" waits for at least that number, of the same launch. What a
+launch reads and does not reset it leaves full: other threads of launch e store EMPTY into every place that launch e -
+`defer` left full. All ranks make the same calls, in any order of kinds, some of which leave their bank full and some
+not: the search (protocol_search.py) chooses a kind, or to stop, whenever the first rank gets to a new launch. Launches
+are counted from the slowest rank's and banks are renamed, so that finitely many states stand for sequences of any
+length. One pack a rank is enough: packs of one launch share no place, and more of them only make a launch end later.
+Kinds use the same places from the first on, as far as they can overlap.
 
 Memory rules.
 - A store becomes visible at any later moment, in any order with the other stores of its rank, whoever they go to.

@@ -37,8 +37,9 @@ void push_all_gather(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   constexpr int64_t kRingBlockBytes = device::kRingPlaces * kRowBytes * (device::kMaxThreads / device::kRowData);
   const Residency& limits = comm.limits();
   const int64_t threads = rows * device::kRowData;
-  const Shape shape = ring ? limits.shape(Kind::kRing, threads, device::kMaxThreads, comm.ring_blocks(kRingBlockBytes))
-                           : limits.shape(Kind::kGather, threads, threads <= 64 ? 64 : 128);
+  const Shape shape =
+      ring ? limits.shape(Kind::kRing, threads, device::kMaxThreads, comm.most_ring_blocks(kRingBlockBytes))
+           : limits.shape(Kind::kGather, threads, threads <= 64 ? 64 : 128);
   launch_in_order(kOp, comm, gather_kernel(unit, comm.world(), ring), shape, message);
 }
 

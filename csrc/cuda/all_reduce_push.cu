@@ -15,7 +15,7 @@ static_assert(kRingBlockBytes == CommunicatorV2::kMinSlotBytes);
 
 Shape shape_for(const CommunicatorV2& comm, Algorithm algorithm, int64_t packs) {
   const Residency& limits = comm.limits();
-  const int64_t ring_blocks = comm.ring_blocks(kRingBlockBytes);
+  const int64_t ring_blocks = comm.most_ring_blocks(kRingBlockBytes);
   switch (algorithm) {
     case Algorithm::kOneShot:
       return limits.shape(Kind::kOneShot, packs, one_shot_threads(comm.world(), packs));

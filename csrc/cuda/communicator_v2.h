@@ -28,7 +28,7 @@ class CommunicatorV2 : public DeviceCommunicator {
   int64_t slot_bytes() const { return slot_bytes_; }
   int64_t bank_bytes() const { return (world() - 1) * slot_bytes_; }
   // The most blocks of a ring of which each needs so much of a slot.
-  int64_t ring_blocks(int64_t block_bytes) const {
+  int64_t most_ring_blocks(int64_t block_bytes) const {
     return std::min<int64_t>(slot_bytes_ / block_bytes, device::kMostRingBlocks);
   }
 

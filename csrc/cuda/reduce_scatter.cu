@@ -34,7 +34,7 @@ void push_reduce_scatter(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   const Residency& limits = comm.limits();
   const int64_t threads = message.num_packs * comm.world();
   const Shape shape =
-      ring ? limits.shape(Kind::kRing, message.num_packs, device::kMaxThreads, comm.ring_blocks(kRingBlockBytes))
+      ring ? limits.shape(Kind::kRing, message.num_packs, device::kMaxThreads, comm.most_ring_blocks(kRingBlockBytes))
            : limits.shape(Kind::kTwoShot, threads, two_shot_threads(threads));
   launch_in_order(kOp, comm, reduce_scatter_kernel(dtype, comm.world(), whole, ring), shape, message);
 }

@@ -194,6 +194,11 @@ def backend_of(ctx: RankContext) -> str:
     return ctx.comm.backend
 
 
+def in_graphs(device: str, backend: str) -> bool:
+    """Whether calls on such a device, served by this backend, are timed in CUDA graphs: gloo's cannot be captured."""
+    return device == "cuda" and backend != "gloo"
+
+
 @functools.lru_cache(maxsize=1)
 def _contenders(ctx: RankContext, in_place: bool) -> list[Contender]:
     assert ctx.comm is not None
@@ -211,13 +216,8 @@ def measure(ctx: RankContext, options: Options, num_bytes: int) -> Row:
 
     torch.manual_seed(ctx.rank)
     x = timing.timed_values(numel, dtype, ctx.device)
-    capturable = ctx.device.type == "cuda" and ctx.comm.backend != "gloo"
-    if capturable:
-        capture = getattr(ctx.comm, "capture", contextlib.nullcontext)
-        timings = timing.time_graphs(there, x, ctx.group, options.samples, capture)
-    else:
-        synchronize = torch.cuda.synchronize if ctx.device.type == "cuda" else lambda: None
-        timings = timing.time_eager(there, x, ctx.group, options.samples, options.budget_s, synchronize)
+    capture = ctx.comm.capture if in_graphs(ctx.device.type, ctx.comm.backend) else None
+    timings = timing.time_calls(there, x, ctx.group, options.samples, options.budget_s, capture)
 
     figures = []
     for each, each_timing in zip(there, timings, strict=True):

@@ -55,13 +55,23 @@ def calls_until_overflow(dtype: torch.dtype, world: int) -> int:
     return max(1, int(doublings / math.log2(world))) if world > 1 else MAX_CALLS
 
 
-def time_eager(
+def time_calls(
     contenders: Sequence[Contender],
     x: torch.Tensor,
     group: dist.ProcessGroup,
     samples: int,
     budget_s: float,
-    synchronize: Callable[[], None] = lambda: None,
+    capture: Callable[[], AbstractContextManager[object]] | None,
+    calls: int | None = None,
+) -> list[Timing]:
+    """``time_graphs``, or ``time_eager`` where there is no ``capture``."""
+    if capture is None:
+        return time_eager(contenders, x, group, samples, budget_s)
+    return time_graphs(contenders, x, group, samples, capture, calls)
+
+
+def time_eager(
+    contenders: Sequence[Contender], x: torch.Tensor, group: dist.ProcessGroup, samples: int, budget_s: float
 ) -> list[Timing]:
     """Times calls made from Python, the contenders taking turns.
 
@@ -71,8 +81,8 @@ def time_eager(
         x: this rank's values, from :func:`timed_values`.
         group: the ranks; must accept CPU tensors.
         samples: how many; fewer (at least ``MIN_SAMPLES``) if they would take longer than ``budget_s`` seconds.
-        synchronize: waits until the calls made have ended.
     """
+    synchronize = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
     limit = calls_until_overflow(x.dtype, group.size())
     plans: list[tuple[int, int, int]] = []
     for contender in contenders:

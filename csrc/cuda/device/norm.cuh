@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm of rows: norm.h's arithmetic. The threads of a block, or of a cluster of
-// blocks, have one row at a time.
+// RMSNorm and LayerNorm of rows: norm.h's arithmetic. The threads of a block, or of a cluster of blocks, have one row
+// at a time.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -94,7 +94,7 @@ __device__ __forceinline__ void scale(float (&v)[kGroup], float factor, const fl
   for (int i = 0; i < kGroup; ++i) v[i] = normalised(v[i], factor, add(weight[i], offset));
 }
 
-// Which packs of a row-major array of rows are this thread's: of each row those of its slot, kGroups groups at most.
+// Which packs of a row-major array of rows are this thread's: of each row those of its slots, kGroups groups at most.
 template <typename T, int kGroups>
 class RowPacks {
  public:
@@ -104,11 +104,11 @@ class RowPacks {
   // hidden: a multiple of kGroup.
   template <int kSlots>
   __device__ __forceinline__ RowPacks(const RowSum<kSlots>& sum, int hidden)
-      : slot_(sum.slot()), slots_(sum.num_threads()), groups_(hidden / kGroup) {}
+      : slot_(sum.slot()), threads_(sum.num_threads()), groups_(hidden / kGroup) {}
 
   __device__ __forceinline__ int hidden() const { return groups_ * kGroup; }
   __device__ __forceinline__ int of_row() const { return groups_ * kGroupPacks<T>; }
-  __device__ __forceinline__ int group(int u) const { return slot_ + u * slots_; }
+  __device__ __forceinline__ int group(int u) const { return slot_ + u * threads_; }
   __device__ __forceinline__ bool has_group(int u) const { return group(u) < groups_; }
 
   // Calls visit(n, i) for each of them in a row: the n-th, which is pack i of the array.
@@ -128,7 +128,7 @@ class RowPacks {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int u = n / kGroupPacks<T>;
-      if (has_group(u)) packs[n] = ptx::load_input(first + u * slots_ * kGroupPacks<T> + n % kGroupPacks<T>);
+      if (has_group(u)) packs[n] = ptx::load_input(first + u * threads_ * kGroupPacks<T> + n % kGroupPacks<T>);
     }
   }
   __device__ __forceinline__ void load(const void* array, int row, Array& packs) const {
@@ -153,7 +153,7 @@ class RowPacks {
   }
 
  private:
-  const int slot_, slots_, groups_;
+  const int slot_, threads_, groups_;
 };
 
 // The weights or the biases of a thread's groups, as they are in memory: what is asked for early is unpacked late.

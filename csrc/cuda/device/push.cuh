@@ -164,7 +164,7 @@ __device__ __forceinline__ bool poll_peers(const uint8_t* places, uint32_t strid
   if constexpr (kWorld == 2) {
     return poll_in_turn(places, packs[0], ptx::load_relaxed_sys(places));
   } else {
-    return poll_quickly([&] { return fetch_missing<kWorld>(places, stride, packs); });
+    return poll_fetched<kWorld>(places, stride, packs);
   }
 }
 

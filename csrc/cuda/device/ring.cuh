@@ -70,8 +70,8 @@ class Credits {
     return kFine;
   }
 
-  // After tile k's places have been emptied. Needs all threads of the block, each with its own trouble. True, at
-  // a tile that gives credit, if any of them is in trouble: then all are.
+  // After tile k's places have been emptied. Needs all threads of the block, each with its own trouble. True, at a
+  // tile that gives credit, if any of them is in trouble: then all are.
   __device__ __forceinline__ bool give_credit(int64_t k, Trouble& trouble) const {
     __shared__ Trouble of_block;
     if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingPlaces >= num_tiles_) return false;

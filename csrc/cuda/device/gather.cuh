@@ -127,12 +127,12 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const uint64_t bank = bank_offset(m.view, start.bank());
-  const Credits<kWorld> credits(m.view, start, num_tiles);
+  const Credits<kWorld> credits(m, start, num_tiles);
   Trouble trouble = start.trouble();
   const Place place = place_in_grid();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
   for (int64_t k = 0; k <= num_tiles; ++k) {
-    if (trouble == kFine && k < num_tiles) trouble = credits.await_credit(k);
+    if (trouble == kFine) trouble = credits.await_credit(k);
     const bool fine = !__any_sync(kWholeWarp, trouble != kFine);  // the marks need the whole warp
     const int64_t row = ring.pack_of(k, 0), before = ring.pack_of(k - 1, 0);
     if (row < num_rows && fine) {

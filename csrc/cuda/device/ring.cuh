@@ -51,12 +51,12 @@ struct Ring {
 template <int kWorld>
 class Credits {
  public:
-  __device__ __forceinline__ Credits(const PushView& view, const Start& start, int64_t num_tiles)
-      : view_(view), epoch_(start.epoch() * kEpoch), num_tiles_(num_tiles) {}
+  __device__ __forceinline__ Credits(const Message& m, const Start& start, int64_t num_tiles)
+      : view_(m.view), op_(m.op), epoch_(start.epoch() * kEpoch), num_tiles_(num_tiles) {}
 
-  // Before tile k is pushed: waits until its places are empty at every peer.
+  // Before tile k is pushed, if there is one: waits until its places are empty at every peer.
   __device__ __forceinline__ Trouble await_credit(int64_t k) const {
-    if (k < kRingPlaces || k % kCreditTiles != 0) return kFine;
+    if (k < kRingPlaces || k % kCreditTiles != 0 || k >= num_tiles_) return kFine;
     const unsigned long long wanted = credit_for(k - kRingPlaces + kCreditTiles - 1);
 #pragma unroll 1
     for (int p = 0; p < kWorld - 1; ++p) {
@@ -75,7 +75,10 @@ class Credits {
   __device__ __forceinline__ bool give_credit(int64_t k, Trouble& trouble) const {
     __shared__ Trouble of_block;
     if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingPlaces >= num_tiles_) return false;
-    if (trouble != kFine) of_block = trouble;
+    if (trouble != kFine) {
+      fail_group(view_.group, kWorld, trouble, op_, epoch_ / kEpoch);  // before others of the block wait as long
+      of_block = trouble;
+    }
     if (__syncthreads_or(trouble != kFine)) {
       trouble = of_block;
       return true;
@@ -93,6 +96,7 @@ class Credits {
   }
 
   const PushView& view_;
+  const Op op_;
   const unsigned long long epoch_;
   const int64_t num_tiles_;
 };

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
   const uint64_t bank = bank_offset(m.view, start.bank());
-  const Credits<kWorld> credits(m.view, start, num_tiles);
+  const Credits<kWorld> credits(m, start, num_tiles);
   uint8_t* const banks = banks_of(m.view, rank);
   Trouble trouble = start.trouble();
   if (trouble == kFine) empty_previous(m.view, start, place.index, place.count);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
 #pragma unroll
       for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
     }
-    if (trouble == kFine && k < num_tiles) trouble = credits.await_credit(k);
+    if (trouble == kFine) trouble = credits.await_credit(k);
     if (now < m.num_packs && trouble == kFine) {
 #pragma unroll
       for (int o = 0; o < kWorld; ++o) {

@@ -92,6 +92,8 @@ def test_under_torchrun() -> None:
         ["--factor", "1"],
         ["--min-bytes", "2K", "--max-bytes", "1K"],
         ["--world", "0"],
+        ["--algos", "one_shot"],
+        ["--device", "cuda", "--algos", "no_shot"],
         ["--json", "no/such/folder/file.json"],
         ["--out-of-place", "--in-place"],
     ],

@@ -29,6 +29,8 @@ from sgl_comm.tools.report import Figures, Row
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+ALGORITHMS = ("one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
+
 _SIZE_DEADLINE_S = 300.0
 
 
@@ -40,6 +42,7 @@ class Options:
     in_place: bool
     samples: int
     budget_s: float = 2.0
+    algorithms: tuple[str, ...] = ()
 
 
 def add_parser(commands: Any) -> None:
@@ -53,6 +56,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-bytes", type=parse_bytes, default="16M", metavar="BYTES")
     parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
     parser.add_argument("--sizes", type=parse_bytes, nargs="+", metavar="BYTES", help="these sizes instead")
+    parser.add_argument(
+        "--algos", nargs="+", choices=ALGORITHMS, default=[], help="these of the push kernels too, each by itself"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--in-place", dest="in_place", action="store_true", default=True, help="the default")
     form.add_argument("--out-of-place", dest="in_place", action="store_false")
@@ -98,10 +104,12 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check_common_arguments(args, parser)
     if args.factor < 2:
         parser.error("--factor must be at least 2")
+    if args.algos and args.device != "cuda":
+        parser.error("--algos goes with --device cuda alone")
     if args.min_bytes > args.max_bytes:
         parser.error("--min-bytes must not be above --max-bytes")
 
-    options = Options(args.dtype, args.in_place, args.iters)
+    options = Options(args.dtype, args.in_place, args.iters, algorithms=tuple(args.algos))
     sizes = args.sizes or list(_steps(args.min_bytes, args.max_bytes, args.factor))
     with ranks_of(args) as ranks:
         setting: dict[str, Any] = {
@@ -200,9 +208,9 @@ def in_graphs(device: str, backend: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _contenders(ctx: RankContext, in_place: bool) -> list[Contender]:
+def _contenders(ctx: RankContext, in_place: bool, algorithms: tuple[str, ...]) -> list[Contender]:
     assert ctx.comm is not None
-    return contenders(ctx.group, ctx.comm.group_name, ctx.device, in_place)
+    return contenders(ctx.group, ctx.comm.group_name, ctx.device, in_place, algorithms)
 
 
 def measure(ctx: RankContext, options: Options, num_bytes: int) -> Row:
@@ -210,7 +218,7 @@ def measure(ctx: RankContext, options: Options, num_bytes: int) -> Row:
     assert ctx.comm is not None
     dtype = DTYPES[options.dtype]
     numel = max(1, num_bytes // dtype.itemsize)
-    everyone = _contenders(ctx, options.in_place)
+    everyone = _contenders(ctx, options.in_place, options.algorithms)
     wrong_before = [_count_wrong(ctx, each, numel, dtype, seed=1) for each in everyone]
     there = [each for each, wrong in zip(everyone, wrong_before, strict=True) if wrong is not None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,19 @@ class SglComm(Contender):
         return x
 
 
+class Algorithm(Contender):
+    """One algorithm of ``torch.ops.sgl_comm.custom_all_reduce_v2``, which is always out of place."""
+
+    exact = True
+
+    def __init__(self, algorithm: str, group_name: str) -> None:
+        super().__init__()
+        self.name, self.group_name = algorithm, group_name
+
+    def run(self) -> torch.Tensor:
+        return torch.ops.sgl_comm.custom_all_reduce_v2(next(self.turns), self.group_name, self.name)
+
+
 class ProcessGroup(Contender):
     """``dist.all_reduce`` of a gloo or NCCL group. It has in-place calls only: out of place is a copy and a call."""
 
@@ -66,6 +80,30 @@ class ProcessGroup(Contender):
             x = x.clone()
         dist.all_reduce(x, group=self.group)
         return x
+
+
+class SymmetricNccl(ProcessGroup):
+    """``dist.all_reduce`` of an NCCL group on buffers that it knows as a symmetric window, for which it has kernels."""
+
+    pool: torch.cuda.MemPool | None = None
+
+    def setup(self, x: torch.Tensor, num_buffers: int) -> None:
+        self.close()
+        dist.all_reduce(x.new_zeros(1), group=self.group)  # makes the group's communicator, if there is none yet
+        self.backend = self.group._get_backend(x.device)
+        pool = torch.cuda.MemPool(self.backend.mem_allocator)
+        with torch.cuda.use_mem_pool(pool, x.device):
+            room = torch.empty((num_buffers, *x.shape), dtype=x.dtype, device=x.device)
+        self.backend.register_mem_pool(pool, symm=True)
+        self.pool = pool
+        self.buffers = list(room.copy_(x.expand_as(room)))
+        self.turns = itertools.cycle(self.buffers)
+
+    def close(self) -> None:
+        super().close()
+        if self.pool is not None:
+            self.backend.deregister_mem_pool(self.pool)
+            self.pool = None
 
 
 class SymmetricMemory(Contender):
@@ -98,7 +136,9 @@ class SymmetricMemory(Contender):
         return x if self.in_place else x.clone()
 
 
-def contenders(group: dist.ProcessGroup, group_name: str, device: torch.device, in_place: bool) -> list[Contender]:
+def contenders(
+    group: dist.ProcessGroup, group_name: str, device: torch.device, in_place: bool, algorithms: Sequence[str] = ()
+) -> list[Contender]:
     """sgl_comm and its competitors on this device. A collective call: a GPU group may need an NCCL group made.
 
     Args:
@@ -106,16 +146,18 @@ def contenders(group: dist.ProcessGroup, group_name: str, device: torch.device, 
         group_name: the name under which ``sgl_comm`` knows them.
         device: this rank's device.
         in_place: which form of each to use.
+        algorithms: those of the push kernels that are to take part by themselves.
     """
-    ours, theirs = SglComm(group_name, in_place), peer_group(group, device)
+    everyone: list[Contender] = [SglComm(group_name, in_place)]
+    everyone += [Algorithm(algorithm, group_name) for algorithm in algorithms]
+    theirs = peer_group(group, device)
     if theirs is None:
-        return [ours]
-    shots = ("one_shot", "two_shot") if device.type == "cuda" else ()
-    return [
-        ours,
-        ProcessGroup(*theirs, in_place),
-        *(SymmetricMemory(algorithm, theirs[1], in_place) for algorithm in shots),
-    ]
+        return everyone
+    everyone.append(ProcessGroup(*theirs, in_place))
+    if device.type == "cuda":
+        everyone.append(SymmetricNccl("nccl_symmetric", theirs[1], in_place))
+        everyone += [SymmetricMemory(algorithm, theirs[1], in_place) for algorithm in ("one_shot", "two_shot")]
+    return everyone
 
 
 def peer_group(group: dist.ProcessGroup, device: torch.device) -> tuple[str, dist.ProcessGroup] | None:

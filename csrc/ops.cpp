@@ -36,8 +36,8 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_v2_open(str group_name, int rank, int world, str backend) -> ()");
   m.def("_v2_close(str group_name) -> ()");
   m.def(
-      "_v2_publish(str group_name, int device, int max_size, int one_shot_bytes, int fallback_bytes, float timeout,"
-      " int first_epoch) -> Tensor");
+      "_v2_publish(str group_name, int device, int max_size, int one_shot_bytes, int ring_bytes, int fallback_bytes,"
+      " float timeout, int first_epoch) -> Tensor");
   m.def("_v2_attach(str group_name, Tensor handles) -> str");
   m.def("_v2_settle(str group_name, bool agreed, str reason) -> ()");
   m.def("_v2_fault(str group_name) -> str");
@@ -45,8 +45,8 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_v1_open(str group_name, int rank, int world) -> ()");
   m.def("_v1_close(str group_name) -> ()");
   m.def(
-      "_v1_publish(str group_name, int device, int max_size, int one_shot_bytes, int fallback_bytes, float timeout,"
-      " int first_epoch) -> Tensor");
+      "_v1_publish(str group_name, int device, int max_size, int one_shot_bytes, int ring_bytes, int fallback_bytes,"
+      " float timeout, int first_epoch) -> Tensor");
   m.def("_v1_attach(str group_name, Tensor handles) -> str");
   m.def("_v1_settle(str group_name, bool agreed, str reason) -> ()");
   m.def("_v1_fault(str group_name) -> str");

@@ -9,7 +9,7 @@
 namespace sgl_comm {
 
 // One-shot: all to all, each sums everything. Two-shot: each sums a part and sends the sum to all. A ring is the same
-// for a message that the workspace cannot hold at once.
+// in pieces, for a message that the workspace cannot hold at once, or that goes faster so.
 enum class Algorithm { kOneShot, kTwoShot, kOneShotRing, kTwoShotRing };
 
 inline const char* name_of(Algorithm algorithm) {
@@ -20,9 +20,11 @@ inline const char* name_of(Algorithm algorithm) {
 // From sgl_comm/thresholds.py.
 struct Thresholds {
   int64_t one_shot_bytes;  // the largest message that goes by one-shot
+  int64_t ring_bytes;      // above it a ring is faster, though the workspace may hold the message at once
   int64_t fallback_bytes;  // above it the group's own backend serves; INT64_MAX where results must not depend on it
   bool operator==(const Thresholds& other) const {
-    return one_shot_bytes == other.one_shot_bytes && fallback_bytes == other.fallback_bytes;
+    return one_shot_bytes == other.one_shot_bytes && ring_bytes == other.ring_bytes &&
+           fallback_bytes == other.fallback_bytes;
   }
 };
 
@@ -48,7 +50,8 @@ inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, 
             "'; expected auto, one_shot, two_shot, one_shot_ring or two_shot_ring");
   const bool one_shot = wish == "one_shot" || (wish == "auto" && bytes <= thresholds.one_shot_bytes);
   const Algorithm plain = one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot;
-  if (fits(plain, bytes, world, bank_bytes)) return plain;
+  const bool at_once = wish != "auto" || bytes <= thresholds.ring_bytes;
+  if (at_once && fits(plain, bytes, world, bank_bytes)) return plain;
   return one_shot ? Algorithm::kOneShotRing : Algorithm::kTwoShotRing;
 }
 

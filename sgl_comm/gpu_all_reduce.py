@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class GpuAllReduce:
         self.world_size = link.world
         self._group = weakref.ref(link.group)
         self._registered = False
-        self.thresholds = Thresholds(ALL_SIZES, ALL_SIZES)
+        self.thresholds = Thresholds(ALL_SIZES, ALL_SIZES, ALL_SIZES)
         problem = _bad_max_size(max_size) or why_not(lambda: self._try_to_open(link))
         try:
             link.refuse_together(problem)
@@ -94,7 +95,7 @@ class GpuAllReduce:
     def _thresholds(self, link: Rendezvous) -> Thresholds:
         found = thresholds_for(link.world, torch.cuda.get_device_capability(self.device))
         may_fall_back = not envs.invariant() and link.backend_for("cuda") == "nccl"
-        return found if may_fall_back else Thresholds(found.one_shot_bytes, ALL_SIZES)
+        return found if may_fall_back else dataclasses.replace(found, fallback_bytes=ALL_SIZES)
 
     def _set_up(self, link: Rendezvous, max_size: int) -> str:
         """Makes and shares the workspace. Returns why it cannot be used, the same on every rank; empty if it can."""
@@ -102,8 +103,7 @@ class GpuAllReduce:
             link.name,
             self.device.index,
             max_size,
-            self.thresholds.one_shot_bytes,
-            self.thresholds.fallback_bytes,
+            *dataclasses.astuple(self.thresholds),
             envs.timeout_seconds(),
             envs.first_epoch(),
         )

@@ -19,11 +19,15 @@ ALL_SIZES = 1 << 62
 _FALLBACK_BYTES = 128 * _MIB
 _REFERENCE_MAJOR = 9
 
-# Published for H200 (SM90) and Blackwell (SM100): world -> bytes up to which one shot is best.
+# World -> bytes up to which one shot is best. SM90: to four ranks as measured on H100s, docs/thresholds.md; beyond, and
+# for Blackwell (SM100), as published.
 _ONE_SHOT_BYTES = {
-    9: {2: ALL_SIZES, 3: 1280 * _KIB, 4: 384 * _KIB, 5: 192 * _KIB, 6: 128 * _KIB, 7: 128 * _KIB, 8: 128 * _KIB},
+    9: {2: ALL_SIZES, 3: 384 * _KIB, 4: 192 * _KIB, 5: 192 * _KIB, 6: 128 * _KIB, 7: 128 * _KIB, 8: 128 * _KIB},
     10: {2: 4 * _MIB, 3: 4 * _MIB, 4: 2 * _MIB, 5: 2 * _MIB, 6: 1 * _MIB, 7: 896 * _KIB, 8: 720 * _KIB},
 }
+
+# The same for the sizes from which a ring is better, where that has been measured.
+_RING_BYTES = {9: {3: 2560 * _KIB, 4: 2560 * _KIB}}
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Thresholds:
 
     Attributes:
         one_shot_bytes: up to here one shot; two shots above.
+        ring_bytes: above it a ring, though the workspace may hold the message at once.
         fallback_bytes: above it NCCL, where results may depend on the size (``SGL_COMM_INVARIANT=0``).
     """
 
     one_shot_bytes: int
+    ring_bytes: int
     fallback_bytes: int
 
 
@@ -49,7 +55,10 @@ def _maybe_init_config() -> None:
         return
     _config.update(
         {
-            major: {world: Thresholds(size, _FALLBACK_BYTES) for world, size in row.items()}
+            major: {
+                world: Thresholds(size, _RING_BYTES.get(major, {}).get(world, ALL_SIZES), _FALLBACK_BYTES)
+                for world, size in row.items()
+            }
             for major, row in _ONE_SHOT_BYTES.items()
         }
     )

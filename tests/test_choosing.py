@@ -26,7 +26,7 @@ from sgl_comm.testing import RankContext, run_ranks
 from sgl_comm.thresholds import ALL_SIZES, Thresholds, supported_world_sizes
 
 KIB, MIB = 1 << 10, 1 << 20
-TINY = Thresholds(one_shot_bytes=1 * KIB, fallback_bytes=4 * KIB)
+TINY = Thresholds(one_shot_bytes=1 * KIB, ring_bytes=ALL_SIZES, fallback_bytes=4 * KIB)
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def served_sizes(ctx: RankContext, backend: str, text: str) -> dict[str, object]
 @pytest.mark.parametrize(("backend", "text"), [("gloo", "0"), ("gloo", "1"), ("nccl", "1"), ("nccl", "")])
 def test_every_size_is_served_unless_nccl_may_take_over(backend: str, text: str) -> None:
     """gloo never takes over: it is no faster at any size."""
-    every = (1 << 40, Thresholds(TINY.one_shot_bytes, ALL_SIZES))
+    every = (1 << 40, Thresholds(TINY.one_shot_bytes, ALL_SIZES, ALL_SIZES))
     for found in run_ranks(served_sizes, 2, backend, text):
         assert found == {
             "CustomAllReduceV1": every,
@@ -290,7 +290,7 @@ def chosen_on_gpus(ctx: RankContext, survey: str) -> Chosen:
     with pytest.MonkeyPatch.context() as patch:
         if survey != "v2":
             patch.setattr(capability, "survey", lambda link, device: SURVEYS[survey])
-        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda *_: Thresholds(2 * MIB, ALL_SIZES))
+        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda *_: Thresholds(2 * MIB, ALL_SIZES, ALL_SIZES))
         with log_lines(lines):
             comm = sgl_comm.init(group, ctx.device)
     explanations = {name: comm.explain(x, reduce_op) for name, (x, reduce_op) in tensors.items()}

@@ -63,8 +63,8 @@ def test_each_entrance_alone_fills_the_table(entrance: str) -> None:
     ("capability", "world", "one_shot"),
     [
         ((9, 0), 2, thresholds.ALL_SIZES),
-        ((9, 0), 3, 1280 * KIB),
-        ((9, 0), 4, 384 * KIB),
+        ((9, 0), 3, 384 * KIB),
+        ((9, 0), 4, 192 * KIB),
         ((9, 0), 5, 192 * KIB),
         ((9, 0), 6, 128 * KIB),
         ((9, 0), 8, 128 * KIB),
@@ -73,13 +73,28 @@ def test_each_entrance_alone_fills_the_table(entrance: str) -> None:
         ((10, 0), 6, 1 * MIB),
         ((10, 0), 7, 896 * KIB),
         ((10, 0), 8, 720 * KIB),
-        ((8, 0), 4, 384 * KIB),
-        ((12, 0), 3, 1280 * KIB),
+        ((8, 0), 4, 192 * KIB),
+        ((12, 0), 3, 384 * KIB),
     ],
 )
 def test_thresholds(capability: tuple[int, int], world: int, one_shot: int) -> None:
     found = thresholds.thresholds_for(world, capability)
     assert (found.one_shot_bytes, found.fallback_bytes) == (one_shot, 128 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("capability", "world", "ring"),
+    [
+        ((9, 0), 2, thresholds.ALL_SIZES),
+        ((9, 0), 3, 2560 * KIB),
+        ((9, 0), 4, 2560 * KIB),
+        ((9, 0), 5, thresholds.ALL_SIZES),
+        ((10, 0), 4, thresholds.ALL_SIZES),
+        ((8, 0), 4, 2560 * KIB),
+    ],
+)
+def test_from_which_size_on_a_ring_serves(capability: tuple[int, int], world: int, ring: int) -> None:
+    assert thresholds.thresholds_for(world, capability).ring_bytes == ring
 
 
 @pytest.mark.parametrize("world", [0, 1, 9])

@@ -14,6 +14,7 @@ import torch
 import sgl_comm
 from sgl_comm import reference
 from sgl_comm.testing import SimulatedRank, assert_bits_equal, capture_simulated, make_simulated, special_values
+from sgl_comm.thresholds import thresholds_for
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +139,17 @@ def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
         assert ops._v2_algorithm(ranks[0].group_name, 64 << 20) == ring
         for count in (5000, (1 << 20) + 3):
             inputs = inputs_of(4, count, torch.bfloat16)
+            for output in call_all(ranks, inputs, SUMS["all_reduce"]):
+                assert_bits_equal(output, reference.all_reduce(inputs))
+
+
+def test_a_ring_serves_what_would_fit_where_it_is_faster() -> None:
+    world, limit = 4, thresholds_for(4, torch.cuda.get_device_capability()).ring_bytes
+    with make_simulated(world) as ranks:
+        chosen = [ops._v2_algorithm(ranks[0].group_name, num_bytes) for num_bytes in (limit, limit + 2)]
+        assert chosen == ["two_shot", "two_shot_ring"]
+        for count in (limit // 2, limit // 2 + 1):
+            inputs = inputs_of(world, count, torch.bfloat16)
             for output in call_all(ranks, inputs, SUMS["all_reduce"]):
                 assert_bits_equal(output, reference.all_reduce(inputs))
 

@@ -26,15 +26,16 @@ struct Steps {
   static void close(const Text& name) { groups().close(name); }
 
   // A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
-  static Tensor publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes,
+  static Tensor publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t ring_bytes,
                         int64_t fallback_bytes, double timeout, int64_t first_epoch) {
     const auto group = groups().find_open("init", name);
     CommunicatorHandle handle{};
     try {
       const DeviceScope scope(static_cast<int>(device));
-      group->communicator = std::make_unique<Communicator>(group->rank, group->world, static_cast<int>(device),
-                                                           max_size, Thresholds{one_shot_bytes, fallback_bytes},
-                                                           timeout, static_cast<uint64_t>(first_epoch));
+      const Thresholds thresholds{one_shot_bytes, ring_bytes, fallback_bytes};
+      group->communicator =
+          std::make_unique<Communicator>(group->rank, group->world, static_cast<int>(device), max_size, thresholds,
+                                         timeout, static_cast<uint64_t>(first_epoch));
       handle = group->communicator->publish();
     } catch (const std::exception& error) {
       group->communicator.reset();

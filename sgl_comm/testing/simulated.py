@@ -70,10 +70,10 @@ def make_simulated(
     """
     base = name if name is not None else f"simulated{next(_numbers)}"
     names = [f"{base}#{rank}" for rank in range(world)]
-    one_shot = one_shot_bytes or thresholds_for(world, torch.cuda.get_device_capability(device)).one_shot_bytes
-    rest = (envs.timeout_seconds(), first_epoch)
-    v2 = (device, max_size or default_max_size(world), one_shot, ALL_SIZES, *rest)
-    v1 = (device, DEFAULT_MAX_SIZE, one_shot, ALL_SIZES, *rest)
+    found = thresholds_for(world, torch.cuda.get_device_capability(device))
+    rest = (one_shot_bytes or found.one_shot_bytes, found.ring_bytes, ALL_SIZES, envs.timeout_seconds(), first_epoch)
+    v2 = (device, max_size or default_max_size(world), *rest)
+    v1 = (device, DEFAULT_MAX_SIZE, *rest)
     with torch.cuda.device(device), ExitStack() as opened:
         for rank, group_name in enumerate(names):
             _ops._v2_open(group_name, rank, world, "none")

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "all_reduce_layernorm.h"
+#include "broadcast.h"
 #include "cpu/groups.h"
 #include "inference_only.h"
 #include "text.h"
@@ -25,6 +26,22 @@ Tensor all_reduce_any_device(const Tensor& input, const Text& group_name, const 
   check_reduce_op("all_reduce", reduce_op);
   check("all_reduce", input, group_name);
   return all_reduce("all_reduce", input, group_name, reduce_op);
+}
+
+Tensor cfg_all_reduce_any_device(const Tensor& input, const Text& group_name, const Text& reduce_op) {
+  constexpr const char* kOp = "cfg_all_reduce";
+  cpu::counting_refusals(cpu::groups().find(kOp, group_name), [&] {
+    check_reduce_op(kOp, reduce_op);
+    check(kOp, input, group_name);
+  });
+  return all_reduce(kOp, input, group_name, reduce_op);
+}
+
+Tensor cfg_broadcast_any_device(const Tensor& input, int64_t src, const Text& group_name) {
+  constexpr const char* kOp = "cfg_broadcast";
+  const auto group = cpu::groups().find(kOp, group_name);
+  cpu::counting_refusals(group, [&] { check_broadcast(kOp, input, src, group->world); });
+  return broadcast(kOp, input, src, group->name, group->rank);
 }
 
 Tensor reduce_scatter_any_device(const Tensor& input, const Text& group_name) {
@@ -65,6 +82,8 @@ std::tuple<Tensor, Tensor> refuse_all_reduce_layernorm(const Tensor& hidden_stat
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::fallback::all_reduce_any_device));
+  m.impl("cfg_all_reduce", TORCH_BOX(&sgl_comm::fallback::cfg_all_reduce_any_device));
+  m.impl("cfg_broadcast", TORCH_BOX(&sgl_comm::fallback::cfg_broadcast_any_device));
   m.impl("reduce_scatter", TORCH_BOX(&sgl_comm::fallback::reduce_scatter_any_device));
   m.impl("all_gather", TORCH_BOX(&sgl_comm::fallback::all_gather_any_device));
   m.impl("tp_attn_all_reduce_and_layernorm", TORCH_BOX(&sgl_comm::fallback::refuse_all_reduce_layernorm));

@@ -18,6 +18,13 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("reduce_scatter(Tensor input, str group_name) -> Tensor");
   // Every rank's input along dim 0, in rank order, bit for bit, for every dtype. Fresh and row-major.
   m.def("all_gather(Tensor input, str group_name) -> Tensor");
+  // all_reduce for tensors of any layout, which may differ between ranks, as diffusion models have under
+  // classifier-free-guidance parallelism; fresh and row-major, and in place.
+  m.def("cfg_all_reduce(Tensor input, str group_name, str reduce_op=\"sum\") -> Tensor");
+  m.def("cfg_all_reduce_(Tensor(a!) input, str group_name, str reduce_op=\"sum\") -> ()");
+  // Rank src's input, bit for bit, for every dtype and layout: fresh and row-major, and in place.
+  m.def("cfg_broadcast(Tensor input, int src, str group_name) -> Tensor");
+  m.def("cfg_broadcast_(Tensor(a!) input, int src, str group_name) -> ()");
   // The sum over ranks, plus the residual, then its RMSNorm or LayerNorm along the last dimension: (normed, new
   // residual), both fresh and row-major.
   m.def(

@@ -25,6 +25,8 @@ _EFFECTFUL = tuple(
         "custom_all_reduce_v2",
         "reduce_scatter",
         "all_gather",
+        "cfg_all_reduce",
+        "cfg_broadcast",
         "tp_attn_all_reduce_and_layernorm",
     )
 )
@@ -61,6 +63,16 @@ def _check_rows(op: str, input: Tensor, group_name: str) -> int:
 @register_fake("sgl_comm::all_reduce")
 def _all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
     return _result_of("all_reduce", input, input.shape)
+
+
+@register_fake("sgl_comm::cfg_all_reduce")
+def _cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
+    return _result_of("cfg_all_reduce", input, input.shape)
+
+
+@register_fake("sgl_comm::cfg_broadcast")
+def _cfg_broadcast(input: Tensor, src: int, group_name: str) -> Tensor:
+    return _result_of("cfg_broadcast", input, input.shape)
 
 
 @register_fake("sgl_comm::custom_all_reduce_v1")
@@ -116,6 +128,18 @@ def _tp_attn_all_reduce_and_layernorm(
 def _all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
     _refuse_grad("all_reduce_", input)
     input.copy_(_ops.all_reduce(input, group_name, reduce_op))
+
+
+@impl("sgl_comm::cfg_all_reduce_", "CompositeImplicitAutograd")
+def _cfg_all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
+    _refuse_grad("cfg_all_reduce_", input)
+    input.copy_(_ops.cfg_all_reduce(input, group_name, reduce_op))
+
+
+@impl("sgl_comm::cfg_broadcast_", "CompositeImplicitAutograd")
+def _cfg_broadcast_(input: Tensor, src: int, group_name: str) -> None:
+    _refuse_grad("cfg_broadcast_", input)
+    input.copy_(_ops.cfg_broadcast(input, src, group_name))
 
 
 def _register_effects() -> None:

@@ -20,6 +20,7 @@ from sgl_comm.errors import SglCommError
 from sgl_comm.explanation import Explanation, explain
 from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
+from sgl_comm.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,22 @@ class Communicator:
     def all_gather(self, input: Tensor) -> Tensor:
         """Every rank's ``input`` along dim 0, in rank order. See ``sgl_comm.ops.all_gather``."""
         return sgl_ops.all_gather(input, self.group_name)
+
+    def cfg_all_reduce(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work | None:
+        """``all_reduce`` for tensors of any layout. See ``sgl_comm.ops.cfg_all_reduce``."""
+        return sgl_ops.cfg_all_reduce(input, self.group_name, reduce_op, async_op)
+
+    def cfg_all_reduce_(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work | None:
+        """The same, in place. See ``sgl_comm.ops.cfg_all_reduce_``."""
+        return sgl_ops.cfg_all_reduce_(input, self.group_name, reduce_op, async_op)
+
+    def cfg_broadcast(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work | None:
+        """Rank ``src``'s ``input``, bit for bit. See ``sgl_comm.ops.cfg_broadcast``."""
+        return sgl_ops.cfg_broadcast(input, src, self.group_name, async_op)
+
+    def cfg_broadcast_(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work | None:
+        """The same, in place. See ``sgl_comm.ops.cfg_broadcast_``."""
+        return sgl_ops.cfg_broadcast_(input, src, self.group_name, async_op)
 
     def check(self) -> None:
         """Raises ``SglCommError`` if an earlier call has failed, on this rank or a peer; makes no call of its own.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sgl_comm._fake  # noqa: F401  (registers the ops and what compilers know of them)
 from sgl_comm.errors import SglCommError
+from sgl_comm.work import Work, start
 
 _ops = torch.ops.sgl_comm
 
@@ -59,6 +61,77 @@ def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
         return
     with own_errors():
         _ops.all_reduce_(input, group_name, reduce_op)
+
+
+def cfg_all_reduce(
+    input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False
+) -> Tensor | Work | None:
+    """``all_reduce`` for tensors of any layout, as diffusion models have under classifier-free-guidance parallelism.
+
+    Element (i, j) is summed with (i, j), whatever the strides, in which ranks may differ. The bits are
+    ``all_reduce``'s, and so is the path: a row-major tensor is not copied.
+
+    Args:
+        input: any shape and strides, alike in shape and dtype on all ranks; must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+        reduce_op: as for ``all_reduce``.
+        async_op: give a ``Work`` at once, whose ``wait()`` gives the result. Not under ``torch.compile``.
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device, which aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time. A call that every
+            rank refuses leaves the group as it was; one that some ranks refuse and others make ends it, on all.
+    """
+    return _called(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
+
+
+def cfg_all_reduce_(
+    input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False
+) -> Tensor | Work | None:
+    """``cfg_all_reduce`` in place: the caller's own tensor holds the result, and what lies between strides stays.
+
+    Args, ``Work`` and errors as for ``cfg_all_reduce``; a tensor that overlaps itself (``expand``) is refused unsent.
+    """
+    return _called(_ops.cfg_all_reduce_, (input, group_name, reduce_op), async_op)
+
+
+def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work | None:
+    """Rank ``src``'s ``input``, bit for bit, for every dtype and any strides, in which ranks may differ.
+
+    Args:
+        input: alike in shape and dtype on all ranks; must not require grad. Only ``src``'s values matter.
+        src: a rank of the group, from 0.
+        group_name: the name of a group given to ``sgl_comm.init``.
+        async_op: give a ``Work`` at once, whose ``wait()`` gives the result. Not under ``torch.compile``.
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device, which aliases nothing, also on ``src``.
+
+    Raises:
+        SglCommError: as for ``cfg_all_reduce``; or ``src`` is no rank of the group. ``src`` does not wait for its
+            peers: that one has not come, or has made another call, it may learn in its next call only.
+    """
+    return _called(_ops.cfg_broadcast, (input, src, group_name), async_op)
+
+
+def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work | None:
+    """``cfg_broadcast`` in place: the caller's own tensor holds the result, and what lies between strides stays.
+
+    Args, ``Work`` and errors as for ``cfg_broadcast``; a tensor that overlaps itself (``expand``) is refused unsent,
+    also on ``src``.
+    """
+    return _called(_ops.cfg_broadcast_, (input, src, group_name), async_op)
+
+
+def _called(op: Callable[..., Tensor | None], args: tuple[Any, ...], async_op: bool) -> Tensor | Work | None:
+    if torch.compiler.is_compiling():
+        if async_op:
+            raise SglCommError(f"{op}: got async_op=True under torch.compile; expected False")
+        return op(*args)
+    with own_errors():
+        return start(lambda: op(*args), args[0]) if async_op else op(*args)
 
 
 def custom_all_reduce_v1(input: Tensor, group_name: str) -> Tensor:

@@ -54,6 +54,19 @@ def all_gather(inputs: Sequence[Tensor]) -> Tensor:
     return out.flatten(0, 1)
 
 
+def cfg_broadcast(inputs: Sequence[Tensor], src: int) -> Tensor:
+    """Rank ``src``'s tensor, bit for bit.
+
+    Args:
+        inputs: every rank's tensor; one shape, one dtype, any dtype and strides.
+        src: whose.
+
+    Returns:
+        A new row-major tensor.
+    """
+    return inputs[src].clone(memory_format=torch.contiguous_format)
+
+
 def row_sum(values: Tensor) -> Tensor:
     """The sums along the last dimension by the package's one order, which depends on its size alone (csrc/norm.h).
 

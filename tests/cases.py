@@ -20,9 +20,21 @@ from torch import Tensor
 import sgl_comm
 from sgl_comm import reference, shm_all_reduce, testing
 from sgl_comm.testing import Layout, Placed, RankContext, run_ranks
+from sgl_comm.work import Work
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that the package sums by itself."""
+
+EVERY_DTYPE = (
+    *DTYPES,
+    torch.float64,
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    torch.bool,
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.complex64, torch.complex128),
+)
+"""What is moved, bit for bit."""
 
 CPU_WORLDS, GPU_WORLDS = (1, 2, 3, 4, 5, 8), (2, 3, 4, 5, 6, 7, 8)
 
@@ -113,6 +125,44 @@ class AllGather(Call):
         return reference.all_gather(self.held())
 
 
+@dataclasses.dataclass(frozen=True)
+class CfgAllReduce(Call):
+    async_op: bool = False
+
+    def issue(self, x: Tensor) -> Tensor | None:
+        call = sgl_comm.ops.cfg_all_reduce_ if self.in_place else sgl_comm.ops.cfg_all_reduce
+        return ended(call(x, self.group, async_op=self.async_op))
+
+    def expected(self) -> Tensor:
+        return reference.all_reduce(self.held())
+
+
+@dataclasses.dataclass(frozen=True)
+class CfgBroadcast(Call):
+    async_op: bool = False
+
+    exact = True
+
+    @property
+    def src(self) -> int:
+        return zlib.crc32(self.name.encode()) % len(self.values)
+
+    def issue(self, x: Tensor) -> Tensor | None:
+        call = sgl_comm.ops.cfg_broadcast_ if self.in_place else sgl_comm.ops.cfg_broadcast
+        return ended(call(x, self.src, self.group, async_op=self.async_op))
+
+    def expected(self) -> Tensor:
+        return reference.cfg_broadcast(self.held(), self.src)
+
+    def same_result(self, other: Call) -> bool:
+        return super().same_result(other) and isinstance(other, CfgBroadcast) and self.src == other.src
+
+
+def ended(result: Tensor | Work | None) -> Tensor | None:
+    """The result of a call; of one that goes on beside the caller, once that has waited."""
+    return result.wait() if isinstance(result, Work) else result
+
+
 class Batch:
     """Calls whose inputs lie in one arena on the device, so that a GPU is asked for results once and not a call."""
 
@@ -161,7 +211,7 @@ class Batch:
             if out.stride() != torch.empty(out.shape, device="meta").stride():
                 yield f"{call.name}: strides of the result: got {out.stride()}, expected row-major for {out.shape}"
         if call.in_place:
-            yield from differs(placed.tensor, expected, f"{call.name}, in place")
+            yield from differs(placed.tensor, expected, f"{call.name}, in place", call.exact)
         else:
             yield from differs(placed.tensor, placed.values, f"{call.name}, its input afterwards", call.exact)
         overwritten = placed.overwritten()
@@ -249,6 +299,15 @@ def _random_numbers(world: int, shape: tuple[int, ...], seed: str) -> list[Tenso
 def random_values(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
     """Every rank's values, of such different magnitudes that the sum depends on the order and on fp32."""
     return [x.to(dtype) for x in _random_numbers(world, tuple(shape), name_of(*seed))]
+
+
+def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
+    """Every rank's values: any bits at all, NaN of every payload among them; for bool, zeros and ones."""
+    size = torch.empty(tuple(shape), device="meta").numel() * dtype.itemsize
+    limit = 2 if dtype == torch.bool else 256
+    random_bits = generator(world, shape, dtype, *seed)
+    made = [torch.randint(limit, (size,), generator=random_bits, dtype=torch.uint8) for _ in range(world)]
+    return [x.view(dtype).view(tuple(shape)) for x in made]
 
 
 def layouts_of_ranks(shape: Sequence[int], world: int, in_place: bool = False) -> Iterator[tuple[str, list[Layout]]]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.distributed as dist
 from cases import (
     DTYPES,
+    EVERY_DTYPE,
     ROW_SHAPES,
     SLOT_BYTES,
     AllGather,
     AllReduce,
     Ranks,
     differs,
-    generator,
     group_without_shared_memory,
     interleaved,
     layouts_of_ranks,
     name_of,
+    random_bytes,
     run_calls,
 )
 from refusals import REFUSALS, assert_every_rank_told, assert_refused, refused_calls
@@ -28,25 +27,6 @@ from torch import Tensor
 import sgl_comm
 from sgl_comm import testing
 from sgl_comm.testing import RankContext
-
-EVERY_DTYPE = (
-    *DTYPES,
-    torch.float64,
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    torch.bool,
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.complex64, torch.complex128),
-)
-
-
-def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
-    """Every rank's values: any bits at all, NaN of every payload among them; for bool, zeros and ones."""
-    size = torch.empty(tuple(shape), device="meta").numel() * dtype.itemsize
-    limit = 2 if dtype == torch.bool else 256
-    random_bits = generator(world, shape, dtype, *seed)
-    made = [torch.randint(limit, (size,), generator=random_bits, dtype=torch.uint8) for _ in range(world)]
-    return [x.view(dtype).view(tuple(shape)) for x in made]
 
 
 def matrix(ctx: RankContext) -> list[str]:

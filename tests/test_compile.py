@@ -394,6 +394,10 @@ def opchecked(ctx: RankContext) -> None:
         torch.library.opcheck(torch.ops.sgl_comm.all_reduce.default, (tensor, group))
         torch.library.opcheck(torch.ops.sgl_comm.all_reduce_.default, (tensor.clone(), group))
         torch.library.opcheck(torch.ops.sgl_comm.all_gather.default, (tensor, group))
+        torch.library.opcheck(torch.ops.sgl_comm.cfg_all_reduce.default, (tensor, group))
+        torch.library.opcheck(torch.ops.sgl_comm.cfg_all_reduce_.default, (tensor.clone(), group))
+        torch.library.opcheck(torch.ops.sgl_comm.cfg_broadcast.default, (tensor, 0, group))
+        torch.library.opcheck(torch.ops.sgl_comm.cfg_broadcast_.default, (tensor.clone(), 0, group))
         if ctx.device.type == "cuda":
             torch.library.opcheck(torch.ops.sgl_comm.custom_all_reduce_v1.default, (tensor, group))
             torch.library.opcheck(torch.ops.sgl_comm.custom_all_reduce_v2.default, (tensor, group))
@@ -498,6 +502,10 @@ def test_the_list_of_checked_ops_is_complete() -> None:
         "custom_all_reduce_v2",
         "reduce_scatter",
         "all_gather",
+        "cfg_all_reduce",
+        "cfg_all_reduce_",
+        "cfg_broadcast",
+        "cfg_broadcast_",
         "tp_attn_all_reduce_and_layernorm",
     }
     assert public == {f"sgl_comm::{name}" for name in names}

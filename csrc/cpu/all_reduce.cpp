@@ -104,11 +104,15 @@ Tensor reduced(const char* op, Call::Kind kind, const Groups::GroupPtr& group, c
   return out;
 }
 
-Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
-                       const std::string& reduce_op) {
+void check_tensor(const char* op, const Tensor& input, const std::string& reduce_op) {
   check_strided(op, input);
   check_inference_only(op, input);
   fallback::check_reduce_op(op, reduce_op);
+}
+
+Groups::GroupPtr check(const char* op, const Tensor& input, const std::string& group_name,
+                       const std::string& reduce_op) {
+  check_tensor(op, input, reduce_op);
   return groups().find(op, group_name);
 }
 
@@ -117,15 +121,36 @@ Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduc
   return reduced("all_reduce", Call::Kind::kAllReduce, group, input, reduce_op);
 }
 
-void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
-  const auto group = check("all_reduce_", input, group_name, reduce_op);
-  in_place("all_reduce_", input, [&](Tensor& x) {
+void reduce_in_place(const char* op, const Groups::GroupPtr& group, Tensor& input, const std::string& reduce_op) {
+  in_place(op, input, [&](Tensor& x) {
     if (shm_serves(group, x, reduce_op)) {
-      run("all_reduce_", Call::Kind::kAllReduce, *group->communicator, x, x);
+      run(op, Call::Kind::kAllReduce, *group->communicator, x, x);
     } else {
-      torch::stable::copy_(x, fallback::all_reduce("all_reduce_", x, group_name, reduce_op));
+      torch::stable::copy_(x, fallback::all_reduce(op, x, group->name, reduce_op));
     }
   });
+}
+
+void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
+  const auto group = check("all_reduce_", input, group_name, reduce_op);
+  reduce_in_place("all_reduce_", group, input, reduce_op);
+}
+
+Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
+  constexpr const char* kOp = "cfg_all_reduce";
+  const auto group = groups().find(kOp, group_name);
+  counting_refusals(group, [&] { check_tensor(kOp, input, reduce_op); });
+  return reduced(kOp, Call::Kind::kAllReduce, group, input, reduce_op);
+}
+
+void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
+  constexpr const char* kOp = "cfg_all_reduce_";
+  const auto group = groups().find(kOp, group_name);
+  counting_refusals(group, [&] {
+    check_tensor(kOp, input, reduce_op);
+    check_disjoint(kOp, input);
+  });
+  reduce_in_place(kOp, group, input, reduce_op);
 }
 
 }  // namespace
@@ -139,4 +164,6 @@ Tensor sum_over_ranks(const char* op, Call::Kind kind, const Groups::GroupPtr& g
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CPU, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::cpu::all_reduce));
   m.impl("all_reduce_", TORCH_BOX(&sgl_comm::cpu::all_reduce_));
+  m.impl("cfg_all_reduce", TORCH_BOX(&sgl_comm::cpu::cfg_all_reduce));
+  m.impl("cfg_all_reduce_", TORCH_BOX(&sgl_comm::cpu::cfg_all_reduce_));
 }

@@ -27,6 +27,8 @@ const char* name_of(Call::Kind kind) {
       return "all_gather";
     case Call::Kind::kAllReduceLayerNorm:
       return "tp_attn_all_reduce_and_layernorm";
+    case Call::Kind::kBroadcast:
+      return "cfg_broadcast";
     default:
       return "all_reduce";
   }
@@ -36,7 +38,8 @@ std::string describe(uint64_t packed) {
   const Call call = Call::unpacked(packed);
   const DType summed = dtype_of(call.dtype);
   const char* dtype = summed != DType::kOther ? name_of(summed) : torch::headeronly::toString(call.dtype);
-  return std::string(name_of(call.kind)) + " of " + std::to_string(call.count) + " " + dtype;
+  const std::string source = call.kind == Call::Kind::kBroadcast ? " from rank " + std::to_string(call.source) : "";
+  return std::string(name_of(call.kind)) + " of " + std::to_string(call.count) + " " + dtype + source;
 }
 
 }  // namespace
@@ -78,13 +81,22 @@ std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
   return "";
 }
 
-std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, const Call& call) {
+std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, Call call) {
   std::unique_lock lock(mutex_);
   op_ = op;
   if (__builtin_expect(header_->fault.state.load(std::memory_order_acquire) != 0, 0)) refuse();
+  SGL_CHECK(call.count < uint64_t{1} << Call::kCountBits, op, ": got ", call.count, " elements; expected fewer than 2^",
+            Call::kCountBits);
+  call.refused = num_refused_;
   call_ = call;
   ++sequence_;
   return lock;
+}
+
+void ShmCommunicator::count_refusal() {
+  const std::unique_lock lock(mutex_);
+  ++num_refused_;
+  ++sequence_;
 }
 
 void ShmCommunicator::arrive() {
@@ -94,11 +106,23 @@ void ShmCommunicator::arrive() {
   own.arrived.raise(step_);
 }
 
-void ShmCommunicator::await_arrival(int peer) {
-  await(header_->ranks[peer].arrived, peer);
-  if (header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed) != call_.packed()) {
-    give_up(FaultKind::kMismatch, peer);
+void ShmCommunicator::await_arrival(int peer) { await_arrival(peer, {step_, sequence_, call_.packed()}); }
+
+// What the peer's call was is there still, also where the step is the one before: it makes no step more until it has
+// seen this rank arrive.
+void ShmCommunicator::await_arrival(int peer, const Moment& moment) {
+  await(header_->ranks[peer].arrived, peer, moment);
+  const uint64_t found = header_->ranks[peer].calls[moment.step & 1].load(std::memory_order_relaxed);
+  if (found != moment.call) give_up(FaultKind::kMismatch, peer, moment);
+}
+
+void ShmCommunicator::await_later() { behind_ = Moment{step_, sequence_, call_.packed()}; }
+
+void ShmCommunicator::catch_up() {
+  for (int peer = 0; peer < world_; ++peer) {
+    if (peer != rank_) await_arrival(peer, *behind_);
   }
+  behind_.reset();
 }
 
 void ShmCommunicator::await_arrivals() {
@@ -109,21 +133,23 @@ void ShmCommunicator::await_arrivals() {
 
 void ShmCommunicator::announce_sum() { header_->ranks[rank_].summed.raise(step_); }
 
-void ShmCommunicator::await_sum(int rank) { await(header_->ranks[rank].summed, rank); }
+void ShmCommunicator::await_sum(int rank) {
+  await(header_->ranks[rank].summed, rank, {step_, sequence_, call_.packed()});
+}
 
-void ShmCommunicator::await(Flag& flag, int peer) {
+void ShmCommunicator::await(Flag& flag, int peer, const Moment& moment) {
   for (int spin = 0; spin < spin_limit_; ++spin) {
-    if (flag.reached(step_)) return;
+    if (flag.reached(moment.step)) return;
     spin_pause();
     if (spin % 64 == 63 && header_->ranks[peer].core.load(std::memory_order_relaxed) == sched_getcpu()) break;
   }
-  await_slowly(flag, peer);
+  await_slowly(flag, peer, moment);
 }
 
-__attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int peer) {
+__attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int peer, const Moment& moment) {
   using Clock = std::chrono::steady_clock;
   for (int yield = 0; yield < kYields; ++yield) {
-    if (flag.reached(step_)) return;
+    if (flag.reached(moment.step)) return;
     sched_yield();
   }
   const Clock::time_point start = Clock::now();
@@ -131,26 +157,26 @@ __attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int pee
     // What is seen of the peer's end is older than the second look at its flag: a rank may finish, close and leave.
     const bool closed = header_->ranks[peer].closed.load(std::memory_order_acquire) != 0;
     const bool died = !closed && !segment_.peers().alive(peer);
-    if (flag.reached(step_)) return;
+    if (flag.reached(moment.step)) return;
     if (header_->fault.state.load(std::memory_order_acquire) != 0) refuse();
-    if (closed) give_up(FaultKind::kClosed, peer);
-    if (died) give_up(FaultKind::kDied, peer);
+    if (closed) give_up(FaultKind::kClosed, peer, moment);
+    if (died) give_up(FaultKind::kDied, peer, moment);
     const double left = timeout_seconds_ - std::chrono::duration<double>(Clock::now() - start).count();
-    if (left <= 0) give_up(FaultKind::kTimeout, peer);
-    flag.sleep_below(step_, std::min<int64_t>(kSleepNanoseconds, static_cast<int64_t>(left * 1e9) + 1));
+    if (left <= 0) give_up(FaultKind::kTimeout, peer, moment);
+    flag.sleep_below(moment.step, std::min<int64_t>(kSleepNanoseconds, static_cast<int64_t>(left * 1e9) + 1));
   }
 }
 
-void ShmCommunicator::give_up(FaultKind kind, int peer) {
+void ShmCommunicator::give_up(FaultKind kind, int peer, const Moment& moment) {
   Fault& fault = header_->fault;
   uint32_t none = 0;
   if (fault.state.compare_exchange_strong(none, 1)) {  // the first fault is the one that all ranks report
     fault.kind = kind;
     fault.rank = rank_;
     fault.peer = peer;
-    fault.sequence = sequence_;
-    fault.call = call_.packed();
-    fault.peer_call = header_->ranks[peer].calls[step_ & 1].load(std::memory_order_relaxed);
+    fault.sequence = moment.sequence;
+    fault.call = moment.call;
+    fault.peer_call = header_->ranks[peer].calls[moment.step & 1].load(std::memory_order_relaxed);
     fault.state.store(2, std::memory_order_release);
     for (RankArea& area : header_->ranks) {
       area.arrived.wake();
@@ -181,10 +207,18 @@ std::string ShmCommunicator::fault() const {
     case FaultKind::kClosed:
       text << peer << " has closed its communicator; " << finder << " was waiting for it in";
       break;
-    case FaultKind::kMismatch:
-      text << finder << " called " << describe(fault.call) << " where " << peer << " called "
-           << describe(fault.peer_call) << ", in";
+    case FaultKind::kMismatch: {
+      const auto more =
+          static_cast<int8_t>(Call::unpacked(fault.call).refused - Call::unpacked(fault.peer_call).refused);
+      if (more != 0) {
+        text << (more > 0 ? finder : peer) << " has refused a call that " << (more > 0 ? peer : finder)
+             << " made, before";
+      } else {
+        text << finder << " called " << describe(fault.call) << " where " << peer << " called "
+             << describe(fault.peer_call) << ", in";
+      }
       break;
+    }
   }
   text << " call " << fault.sequence << " (" << describe(fault.call)
        << "). The communicator is unusable on every rank: close() it and init() again";

@@ -3,11 +3,13 @@
 // Who writes what, when. Every collective is a sequence of steps, alike on all ranks; step e is the e-th since init
 // (tests may count from another number than 0).
 //   slot(r) of step e    written by rank r before it raises arrived[r] to e; read by the peers after they saw that.
-//                        What lies in it is the collective's business: something for all peers, or a part a peer.
+//                        What lies in it is the collective's business: something for all peers, or a part a peer, or,
+//                        of a broadcast's ranks but the source, nothing.
 //   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
 //                        summed[r] to e; read by the peers after they saw that.
 // Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
-// saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. The sums
+// saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. A step that
+// does not wait for every peer (of a broadcast) leaves that to the next one's beginning. The sums
 // would need one place only: they are written after every arrived >= e, which a peer raises after it has read those of
 // e-1. They have two all the same, since lines that the peer has just read are dear to write (1 MiB: 1.25 times
 // slower).
@@ -18,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,16 +32,32 @@ namespace sgl_comm {
 
 // What a rank calls; a call must be the same on every rank, which is checked before any of its data is used.
 struct Call {
-  enum class Kind : uint8_t { kAllReduce = 1, kReduceScatter = 2, kAllGather = 3, kAllReduceLayerNorm = 4 };
+  enum class Kind : uint8_t {
+    kAllReduce = 1,
+    kReduceScatter = 2,
+    kAllGather = 3,
+    kAllReduceLayerNorm = 4,
+    kBroadcast = 5,
+  };
+  static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 8;
+
   Kind kind;
   torch::headeronly::ScalarType dtype;
-  uint64_t count;  // of a rank's input
+  uint64_t count;       // of a rank's input
+  uint8_t source = 0;   // a broadcast's
+  uint8_t refused = 0;  // how many calls this rank has refused and counted (its last bits), set by begin()
 
-  uint64_t packed() const { return uint64_t(kind) << 56 | uint64_t(dtype) << 48 | count; }
+  uint64_t packed() const {
+    return uint64_t(kind) << 56 | uint64_t(dtype) << 48 | uint64_t(refused) << (kCountBits + kSourceBits) |
+           uint64_t(source) << kCountBits | count;
+  }
   static Call unpacked(uint64_t word) {
-    return {Kind(word >> 56), torch::headeronly::ScalarType(word >> 48 & 0xff), word & ((uint64_t{1} << 48) - 1)};
+    const auto bits = [&](int first, int number) { return word >> first & ((uint64_t{1} << number) - 1); };
+    return {Kind(bits(56, 8)), torch::headeronly::ScalarType(bits(48, 8)), bits(0, kCountBits),
+            uint8_t(bits(kCountBits, kSourceBits)), uint8_t(bits(kCountBits + kSourceBits, kRefusedBits))};
   }
 };
+static_assert(kMaxWorld <= 1 << Call::kSourceBits);
 
 // What a rank tells the others at init, as bytes over their own group.
 struct ShmHandle {
@@ -63,15 +82,23 @@ class ShmCommunicator {
   int world() const { return world_; }
 
   // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
-  std::unique_lock<std::mutex> begin(const char* op, const Call& call);
+  std::unique_lock<std::mutex> begin(const char* op, Call call);
+  // Counts a call that this rank has refused: all ranks that did so are in step still, and where others made it the
+  // next call of any rank fails on all.
+  void count_refusal();
   // A collective is one or more of: next_step, write slot(rank()), arrive, await every peer's arrival, read the slots;
   // and where the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
-  void next_step() { ++step_; }
+  void next_step() {
+    ++step_;
+    if (__builtin_expect(behind_.has_value(), 0)) catch_up();
+  }
   std::byte* slot(int rank) const { return slots_ + (2 * rank + (step_ & 1)) * kSlotBytes; }
   std::byte* sums() const { return sums_ + (step_ & 1) * kSlotBytes; }
   void arrive();
   void await_arrival(int peer);
   void await_arrivals();
+  // Instead of awaiting every peer's arrival: the next step will, before its slot is written.
+  void await_later();
   void announce_sum();
   void await_sum(int rank);
 
@@ -100,9 +127,16 @@ class ShmCommunicator {
 
   static constexpr size_t kHeaderBytes = (sizeof(Header) + 4095) / 4096 * 4096;
 
-  void await(Flag& flag, int peer);
-  void await_slowly(Flag& flag, int peer);
-  [[noreturn]] void give_up(FaultKind kind, int peer);
+  // A step, and the call that it belongs to, for errors.
+  struct Moment {
+    uint64_t step, sequence, call;
+  };
+
+  void await_arrival(int peer, const Moment& moment);
+  void catch_up();
+  void await(Flag& flag, int peer, const Moment& moment);
+  void await_slowly(Flag& flag, int peer, const Moment& moment);
+  [[noreturn]] void give_up(FaultKind kind, int peer, const Moment& moment);
   [[noreturn]] void refuse() const;
 
   const std::string group_name_;
@@ -116,7 +150,9 @@ class ShmCommunicator {
   std::byte* sums_ = nullptr;
   std::mutex mutex_;
   uint64_t step_;
+  std::optional<Moment> behind_;  // the step before this one, of which not every arrival has been seen
   uint64_t sequence_ = 0;
+  uint8_t num_refused_ = 0;
   const char* op_ = "";
   Call call_{};
 };

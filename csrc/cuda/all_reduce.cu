@@ -65,21 +65,33 @@ Tensor reduced(const char* op, const GroupV2& group, const Tensor& input, const 
   return out;
 }
 
+void reduce_in_place(const char* op, Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+  const auto group = check(op, input, group_name, reduce_op);
+  if (group->world == 1) return check_disjoint(op, input);
+  const Kernels kernels = kernels_for(op, group, input, reduce_op);
+  in_place(op, input, [&](Tensor& x) {
+    if (kernels) {
+      kernels.sum(op, x, x);
+    } else {
+      torch::stable::copy_(x, fallback::all_reduce(op, x, group_name, reduce_op));
+    }
+  });
+}
+
 Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   return reduced("all_reduce", check("all_reduce", input, group_name, reduce_op), input, reduce_op);
 }
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
-  const auto group = check("all_reduce_", input, group_name, reduce_op);
-  if (group->world == 1) return check_disjoint("all_reduce_", input);
-  const Kernels kernels = kernels_for("all_reduce_", group, input, reduce_op);
-  in_place("all_reduce_", input, [&](Tensor& x) {
-    if (kernels) {
-      kernels.sum("all_reduce_", x, x);
-    } else {
-      torch::stable::copy_(x, fallback::all_reduce("all_reduce_", x, group_name, reduce_op));
-    }
-  });
+  reduce_in_place("all_reduce_", input, group_name, reduce_op);
+}
+
+Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
+  return reduced("cfg_all_reduce", check("cfg_all_reduce", input, group_name, reduce_op), input, reduce_op);
+}
+
+void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
+  reduce_in_place("cfg_all_reduce_", input, group_name, reduce_op);
 }
 
 void check_dtype(const char* op, const Tensor& input) {
@@ -129,6 +141,8 @@ Tensor sum_over_ranks(const char* op, const GroupsV2::GroupPtr& group, const Ten
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CUDA, m) {
   m.impl("all_reduce", TORCH_BOX(&sgl_comm::cuda::all_reduce));
   m.impl("all_reduce_", TORCH_BOX(&sgl_comm::cuda::all_reduce_));
+  m.impl("cfg_all_reduce", TORCH_BOX(&sgl_comm::cuda::cfg_all_reduce));
+  m.impl("cfg_all_reduce_", TORCH_BOX(&sgl_comm::cuda::cfg_all_reduce_));
   m.impl("custom_all_reduce_v1", TORCH_BOX(&sgl_comm::cuda::custom_all_reduce_v1));
   m.impl("custom_all_reduce_v2", TORCH_BOX(&sgl_comm::cuda::custom_all_reduce_v2));
 }

@@ -1,0 +1,272 @@
+"""cfg_broadcast between real processes: the source's values in every rank's own layout, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import (
+    CPU_WORLDS,
+    EVERY_DTYPE,
+    ROW_SHAPES,
+    SLOT_BYTES,
+    AllGather,
+    AllReduce,
+    CfgAllReduce,
+    CfgBroadcast,
+    Ranks,
+    differs,
+    error_text,
+    group_without_shared_memory,
+    interleaved,
+    layouts_of_ranks,
+    name_of,
+    random_bytes,
+    ranks_on,
+    run_calls,
+)
+from torch import Tensor
+
+import sgl_comm
+from sgl_comm import testing
+from sgl_comm.testing import RankContext
+
+SHAPES = ((), *ROW_SHAPES, (2, 3, 2, 4, 3))
+
+every_world = pytest.mark.parametrize("ranks", ranks_on("cpu", CPU_WORLDS))
+
+
+def calls_of_every_layout(ctx: RankContext, group: str, name: str, values: Sequence[Tensor]) -> list[CfgBroadcast]:
+    """Functional and in place, with and without ``async_op``."""
+    calls = []
+    for in_place in (False, True):
+        for number, (names, layouts) in enumerate(layouts_of_ranks(values[0].shape, ctx.world, in_place)):
+            label = name_of(name, names, "in place" if in_place else "functional")
+            calls.append(CfgBroadcast(label, values, layouts, group, ctx.rank, in_place, (number + in_place) % 2 == 0))
+    return calls
+
+
+def matrix(ctx: RankContext, shapes: Sequence[tuple[int, ...]], group: str) -> list[str]:
+    wrong = []
+    for shape in shapes:
+        for dtype in EVERY_DTYPE:
+            values = random_bytes(ctx.world, shape, dtype)
+            wrong += run_calls(ctx, calls_of_every_layout(ctx, group, name_of(dtype, shape), values))
+    return wrong
+
+
+def in_the_own_group(ctx: RankContext) -> list[str]:
+    return matrix(ctx, SHAPES, ctx.group.group_name)
+
+
+def by_the_own_backend(ctx: RankContext) -> list[str]:
+    """Where no shared memory serves."""
+    with group_without_shared_memory(ctx) as group:
+        return matrix(ctx, ((), (0,), (5,), (4, 0), (2, 3, 4, 5)), group)
+
+
+def in_a_group_of_some(ctx: RankContext) -> list[str]:
+    """``src`` counts inside the group, of which the ranks are not 0 and up, with shared memory and without."""
+    group = dist.new_group([1, 2])
+    wrong: list[str] = []
+    for own_backend in (False, True):
+        if ctx.rank == 0:
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            if own_backend:
+                patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+            comm = sgl_comm.init(group)
+        for src in (0, 1):
+            got = comm.cfg_broadcast(torch.full((3,), float(ctx.rank)), src)
+            wrong += [] if got.tolist() == [src + 1.0] * 3 else [f"from {src}: got {got.tolist()}"]
+        comm.close()
+    dist.barrier(ctx.group)
+    dist.destroy_process_group(group)
+    return wrong
+
+
+def around_the_chunk(ctx: RankContext) -> list[str]:
+    """Sizes at which the number of steps changes, and large ones in several layouts."""
+    wrong = []
+    for dtype in (torch.uint8, torch.bfloat16, torch.complex128):
+        slot = SLOT_BYTES // dtype.itemsize
+        for count in (slot - 1, slot, slot + 1, 2 * slot, 3 * slot + 5):
+            values = random_bytes(ctx.world, (count,), dtype)
+            layout = testing.layouts((count,))["offset"]
+            call = CfgBroadcast(name_of(dtype, count), values, [layout] * ctx.world, ctx.group.group_name, ctx.rank)
+            wrong += run_calls(ctx, [call])
+    values = random_bytes(ctx.world, (7, (2**19 + 3) // 7), torch.float32)
+    return wrong + run_calls(ctx, calls_of_every_layout(ctx, ctx.group.group_name, "large", values))
+
+
+def lazy_views(ctx: RankContext) -> list[str]:
+    """A conjugate and a negation that torch has not carried out yet, sent, and received into."""
+    wrong = []
+    for name, view in (("conj", Tensor.conj), ("conj.imag", lambda z: z.conj().imag)):
+        x = torch.view_as_complex(torch.arange(12.0).view(6, 2)) + ctx.rank
+        expected = view(x - ctx.rank).clone().resolve_conj().resolve_neg()
+        wrong += differs(sgl_comm.ops.cfg_broadcast(view(x), 0, ctx.group.group_name), expected, name)
+        sgl_comm.ops.cfg_broadcast_(view(x), 0, ctx.group.group_name)
+        wrong += differs(view(x).resolve_conj().resolve_neg(), expected, f"{name}, in place")
+    return wrong
+
+
+def source_runs_ahead(ctx: RankContext, count: int, late: int) -> list[str]:
+    """Calls without a pause, each with numbers of its own, and one rank late: a slot used again too early shows."""
+    wrong = []
+    for call in range(count):
+        src = call // 7 % ctx.world
+        x = torch.full((SLOT_BYTES // 4 + 1,), float(call if ctx.rank == src else -1))
+        if ctx.rank == late and call % 10 == 3:
+            time.sleep(0.002)
+        if call % 5 == 4:  # between broadcasts, what writes every rank's slot
+            total = torch.ops.sgl_comm.all_reduce(torch.ones(5000), ctx.group.group_name)
+            wrong += [] if total.unique().tolist() == [ctx.world] else [f"sum {call}: got {total.unique().tolist()}"]
+        sgl_comm.ops.cfg_broadcast_(x, src, ctx.group.group_name)
+        wrong += [] if x.unique().tolist() == [call] else [f"call {call}: got {x.unique().tolist()[:3]}"]
+    return wrong
+
+
+def refusals(ctx: RankContext) -> dict[str, str]:
+    """Bad arguments on every rank: what was bad -> the error. After each, calls work."""
+    name, x = ctx.group.group_name, torch.ones(4, 3)
+    ops = sgl_comm.ops
+    bad = {
+        "wrong src": lambda: ops.cfg_broadcast(x, ctx.world, name),
+        "negative src": lambda: ops.cfg_broadcast_(x, -1, name),
+        "grad": lambda: ops.cfg_broadcast(x.clone().requires_grad_(), 0, name),
+        "overlap": lambda: ops.cfg_broadcast_(torch.ones(1, 3).expand(4, 3), 0, name),
+        "sparse": lambda: ops.cfg_broadcast(x.to_sparse(), 0, name),
+        "unknown group": lambda: ops.cfg_broadcast(x, 0, "nowhere"),
+    }
+    texts = {}
+    for what, call in bad.items():
+        texts[what] = error_text(call)
+        values = torch.full((3,), float(ctx.rank))
+        ops.cfg_broadcast_(values, ctx.world - 1, name)
+        if values.tolist() != [ctx.world - 1] * 3:
+            texts[what] = f"the call afterwards gave {values.tolist()}"
+    return texts
+
+
+def errors_where_rank_0_differs(ctx: RankContext, what: str) -> list[str]:
+    """Every rank broadcasts 1000 float32 from rank 0, which makes another call; then all sum. Each call's error."""
+    group = dist.new_group(list(range(ctx.world)))
+    x = torch.ones(1000)
+    with sgl_comm.init(group) as comm:
+        others = {
+            "refused": lambda: comm.cfg_broadcast_(torch.ones(1).expand(1000), 0),
+            "count": lambda: comm.cfg_broadcast(torch.ones(1001), 0),
+            "dtype": lambda: comm.cfg_broadcast(x.int(), 0),
+            "src": lambda: comm.cfg_broadcast(x, 1),
+            "op": lambda: comm.all_gather(x),
+        }
+        first = error_text(others[what] if ctx.rank == 0 else lambda: comm.cfg_broadcast(x, 0))
+        second = error_text(lambda: comm.all_reduce(x))
+        dist.barrier(ctx.group)
+    with sgl_comm.init(group) as comm:
+        assert comm.all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
+    dist.destroy_process_group(group)
+    return [first, second]
+
+
+def errors_where_rank_0_refuses_and_stays_away(ctx: RankContext) -> str:
+    group = dist.new_group(list(range(ctx.world)))
+    os.environ["SGL_COMM_TIMEOUT"] = "1"
+    comm = sgl_comm.init(group)
+    del os.environ["SGL_COMM_TIMEOUT"]
+    x = torch.ones(1).expand(8) if ctx.rank == 0 else torch.ones(8)
+    text = error_text(lambda: comm.cfg_broadcast_(x, 0))
+    dist.barrier(ctx.group)
+    comm.close()
+    dist.destroy_process_group(group)
+    return text
+
+
+@every_world
+def test_every_dtype_size_and_layout(ranks: Ranks) -> None:
+    ranks.all_right(in_the_own_group)
+
+
+@pytest.mark.parametrize("ranks", ranks_on("cpu", (2, 3)))
+def test_the_own_backend_serves_where_shared_memory_does_not(ranks: Ranks) -> None:
+    ranks.all_right(by_the_own_backend)
+
+
+def test_the_source_is_a_rank_of_the_group() -> None:
+    Ranks("cpu", 3).all_right(in_a_group_of_some)
+
+
+@every_world
+def test_sizes_around_the_chunk_and_a_large_one(ranks: Ranks) -> None:
+    ranks.all_right(around_the_chunk)
+
+
+@every_world
+def test_lazy_conjugates_and_negations(ranks: Ranks) -> None:
+    ranks.all_right(lazy_views)
+
+
+@pytest.mark.parametrize("ranks", ranks_on("cpu", (2, 3, 4)))
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_source_that_runs_ahead_overwrites_nothing(ranks: Ranks, late: int) -> None:
+    ranks.all_right(source_runs_ahead, 200, late)
+
+
+@every_world
+def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:
+    ranks.all_right(interleaved, [CfgBroadcast, CfgAllReduce, AllGather, AllReduce], 200)
+
+
+@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3)))
+def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> None:
+    words = {
+        "wrong src": f"sgl_comm::cfg_broadcast: got src {ranks.world}; expected a rank of the group, 0 to",
+        "negative src": "sgl_comm::cfg_broadcast_: got src -1; expected a rank of the group, 0 to",
+        "grad": "sgl_comm::cfg_broadcast: got Float[4, 3] on cpu that requires grad; expected one that does not",
+        "overlap": "sgl_comm::cfg_broadcast_: got Float[4, 3] on cpu in which several elements share memory",
+        "sparse": "sgl_comm::cfg_broadcast: got a tensor without strides",
+        "unknown group": "sgl_comm::cfg_broadcast: unknown group 'nowhere'; call sgl_comm.init(group) first",
+    }
+    for texts in ranks.run(refusals):
+        assert texts.keys() == words.keys()
+        for what, text in texts.items():
+            assert text.startswith(words[what])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("count", "called cfg_broadcast of 1001 float32 from rank 0"),
+        ("dtype", "called cfg_broadcast of 1000 Int from rank 0"),
+        ("src", "called cfg_broadcast of 1000 float32 from rank 1"),
+        ("op", "called all_gather of 1000 float32"),
+        ("refused", "rank 0 has refused a call that rank"),
+    ],
+)
+def test_ranks_that_differ_all_get_an_error(world: int, what: str, words: str) -> None:
+    """At the latest in the next call: the source does not wait for its peers."""
+    first, *peers = Ranks("cpu", world).run(errors_where_rank_0_differs, what, deadline=30)
+    if what == "refused":
+        assert first.pop(0).startswith("sgl_comm::cfg_broadcast_: got Float[1000] on cpu in which several elements")
+    for texts in (first, *peers):
+        told = next(filter(None, texts))
+        assert words in told
+        if what != "refused":
+            assert "called cfg_broadcast of 1000 float32 from rank 0" in told
+        assert texts[-1], "and nothing works from then on"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_peers_of_one_that_refused_and_stays_away_get_an_error_at_the_deadline(world: int) -> None:
+    first, *peers = Ranks("cpu", world).run(errors_where_rank_0_refuses_and_stays_away, deadline=30)
+    assert "several elements share memory" in first
+    for text in peers:
+        assert (
+            "waited 1 s (SGL_COMM_TIMEOUT) for rank 0, which never came to call 1 (cfg_broadcast of 8 float32" in text
+        )

@@ -7,8 +7,8 @@
 #include <tuple>
 
 #include "all_reduce_layernorm.h"
-#include "broadcast.h"
-#include "cpu/groups.h"
+#include "cfg_calls.h"
+#include "cpu/agreement.h"
 #include "inference_only.h"
 #include "text.h"
 
@@ -30,17 +30,21 @@ Tensor all_reduce_any_device(const Tensor& input, const Text& group_name, const 
 
 Tensor cfg_all_reduce_any_device(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce";
-  cpu::counting_refusals(cpu::groups().find(kOp, group_name), [&] {
+  const auto checks = [&] {
     check_reduce_op(kOp, reduce_op);
     check(kOp, input, group_name);
-  });
+  };
+  cpu::agree_on_call(kOp, cpu::groups().find(kOp, group_name), checks,
+                     [&] { return describe_cfg_all_reduce(input, reduce_op); });
   return all_reduce(kOp, input, group_name, reduce_op);
 }
 
 Tensor cfg_broadcast_any_device(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = cpu::groups().find(kOp, group_name);
-  cpu::counting_refusals(group, [&] { check_broadcast(kOp, input, src, group->world); });
+  cpu::agree_on_call(
+      kOp, group, [&] { check_broadcast(kOp, input, src, group->world); },
+      [&] { return describe_broadcast(input, src); });
   return broadcast(kOp, input, src, group->name, group->rank);
 }
 

@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
 
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.
-  m.def("_group_open(str group_name, int rank, int world) -> ()");
+  m.def("_group_open(str group_name, int rank, int world, bool compare_calls=False) -> ()");
   m.def("_group_close(str group_name) -> ()");
   m.def("_shm_publish(str group_name, float timeout, int first_epoch) -> Tensor");
   m.def("_shm_attach(str group_name, Tensor handles) -> str");

@@ -35,6 +35,7 @@ struct Group {
   std::string backend;  // the group's own, which the fallback uses: "gloo", "nccl", ...
   std::unique_ptr<Communicator> communicator;
   std::string reason;                // why there is none
+  bool compare_calls = false;        // what the ranks are about to call, before they do (SGL_COMM_CHECK)
   std::atomic<bool> settled{false};  // the communicator stays as it is from here on
 };
 
@@ -57,12 +58,13 @@ class Registry {
   }
 
   // A name of the parent's may be opened anew in a forked child.
-  void open(const std::string& name, int rank, int world, const std::string& backend = "") {
+  void open(const std::string& name, int rank, int world, const std::string& backend = "", bool compare_calls = false) {
     auto group = std::make_shared<Group<Communicator>>();
     group->name = name;
     group->rank = rank;
     group->world = world;
     group->backend = backend;
+    group->compare_calls = compare_calls;
     group->fork_depth = fork_depth().load();
     std::unique_lock lock(mutex_);
     GroupPtr& place = groups_[name];

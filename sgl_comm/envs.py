@@ -47,13 +47,19 @@ INVARIANT = EnvVar(
     "1: where the package's kernels serve a group, they serve every size, so that a result never depends on its size."
     " 0: NCCL takes over above its threshold. Alike on all ranks. Read by init().",
 )
+CHECK = EnvVar(
+    "SGL_COMM_CHECK",
+    "0",
+    "1: before a cfg_ call of CPU tensors every rank's shape, dtype and arguments are compared, so that a difference or"
+    " a refusal is an error on every rank, and nothing is sent. Alike on all ranks. Read by init().",
+)
 BUILD_CUDA = EnvVar(
     "SGL_COMM_BUILD_CUDA",
     "",
     "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
 )
 
-ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, BUILD_CUDA)
+ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, CHECK, BUILD_CUDA)
 
 
 def timeout_seconds() -> float:
@@ -91,9 +97,22 @@ def invariant() -> bool:
     Raises:
         SglCommError: if it is neither 0 nor 1.
     """
-    text = INVARIANT.text()
+    return _zero_or_one(INVARIANT)
+
+
+def check() -> bool:
+    """``SGL_COMM_CHECK``.
+
+    Raises:
+        SglCommError: if it is neither 0 nor 1.
+    """
+    return _zero_or_one(CHECK)
+
+
+def _zero_or_one(variable: EnvVar) -> bool:
+    text = variable.text()
     if text not in ("0", "1"):
-        raise SglCommError(f"got {INVARIANT.name}={text!r}; expected 0 or 1")
+        raise SglCommError(f"got {variable.name}={text!r}; expected 0 or 1")
     return text == "1"
 
 

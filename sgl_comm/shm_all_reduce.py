@@ -23,7 +23,7 @@ def _open(link: Rendezvous) -> None:
     """Registers the group."""
     envs.timeout_seconds()
     envs.first_epoch()
-    _ops._group_open(link.name, link.rank, link.world)
+    _ops._group_open(link.name, link.rank, link.world, envs.check())
 
 
 class ShmAllReduce:
@@ -51,6 +51,7 @@ class ShmAllReduce:
         problem = why_not(lambda: _open(link))
         try:
             link.refuse_together(problem)
+            link.must_be_alike(f"{envs.CHECK.name} of", str(int(envs.check())))
             self.reason = why_not_world_size(link.world) or self._set_up(link)
             _ops._shm_settle(link.name, not self.reason)
             _fake.world_sizes[link.name] = link.world

@@ -7,7 +7,8 @@
 #include <cstring>
 #include <string>
 
-#include "cpu/groups.h"
+#include "cfg_calls.h"
+#include "cpu/agreement.h"
 #include "cpu/sum.h"
 #include "fallback.h"
 #include "inference_only.h"
@@ -139,17 +140,20 @@ void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
 Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce";
   const auto group = groups().find(kOp, group_name);
-  counting_refusals(group, [&] { check_tensor(kOp, input, reduce_op); });
+  agree_on_call(
+      kOp, group, [&] { check_tensor(kOp, input, reduce_op); },
+      [&] { return describe_cfg_all_reduce(input, reduce_op); });
   return reduced(kOp, Call::Kind::kAllReduce, group, input, reduce_op);
 }
 
 void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce_";
   const auto group = groups().find(kOp, group_name);
-  counting_refusals(group, [&] {
+  const auto checks = [&] {
     check_tensor(kOp, input, reduce_op);
     check_disjoint(kOp, input);
-  });
+  };
+  agree_on_call(kOp, group, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); });
   reduce_in_place(kOp, group, input, reduce_op);
 }
 

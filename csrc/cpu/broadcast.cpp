@@ -1,12 +1,11 @@
 // cfg_broadcast between the processes of one host, through shared memory.
-#include "broadcast.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/groups.h"
+#include "cfg_calls.h"
+#include "cpu/agreement.h"
 #include "fallback.h"
 #include "tensor.h"
 #include "text.h"
@@ -43,7 +42,9 @@ void broadcast(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffe
 Tensor cfg_broadcast(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = groups().find(kOp, group_name);
-  counting_refusals(group, [&] { check_broadcast(kOp, input, src, group->world); });
+  agree_on_call(
+      kOp, group, [&] { check_broadcast(kOp, input, src, group->world); },
+      [&] { return describe_broadcast(input, src); });
   if (group->world == 1) return fresh_row_major(kOp, input);
   if (group->communicator == nullptr) return fallback::broadcast(kOp, input, src, group->name, group->rank);
   Tensor out = group->rank == src ? fresh_row_major(kOp, input) : empty_row_major(kOp, input);
@@ -54,10 +55,11 @@ Tensor cfg_broadcast(const Tensor& input, int64_t src, const Text& group_name) {
 void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast_";
   const auto group = groups().find(kOp, group_name);
-  counting_refusals(group, [&] {
+  const auto checks = [&] {
     check_broadcast(kOp, input, src, group->world);
     check_disjoint(kOp, input);
-  });
+  };
+  agree_on_call(kOp, group, checks, [&] { return describe_broadcast(input, src); });
   if (group->world == 1) return;
   const bool source = group->rank == src;
   if (group->communicator == nullptr) {

@@ -13,10 +13,10 @@ namespace sgl_comm::cpu {
 
 namespace {
 
-void group_open(const Text& name, int64_t rank, int64_t world) {
+void group_open(const Text& name, int64_t rank, int64_t world, bool compare_calls) {
   SGL_CHECK(world >= 1 && rank >= 0 && rank < world, "init: got rank ", rank, " of world ", world,
             "; expected 0 <= rank < world");
-  groups().open(name, static_cast<int>(rank), static_cast<int>(world));
+  groups().open(name, static_cast<int>(rank), static_cast<int>(world), "", compare_calls);
 }
 
 void group_close(const Text& name) { groups().close(name); }

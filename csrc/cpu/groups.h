@@ -10,15 +10,4 @@ using Groups = Registry<ShmCommunicator>;
 
 inline Groups& groups() { return Groups::instance(); }
 
-// Runs the checks of a call, and counts it where they refuse it (ShmCommunicator::count_refusal).
-template <typename Checks>
-void counting_refusals(const Groups::GroupPtr& group, Checks&& checks) {
-  try {
-    checks();
-  } catch (...) {
-    if (group->communicator != nullptr) group->communicator->count_refusal();
-    throw;
-  }
-}
-
 }  // namespace sgl_comm::cpu

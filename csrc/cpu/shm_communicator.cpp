@@ -29,6 +29,8 @@ const char* name_of(Call::Kind kind) {
       return "tp_attn_all_reduce_and_layernorm";
     case Call::Kind::kBroadcast:
       return "cfg_broadcast";
+    case Call::Kind::kCompareCalls:
+      return "the comparison of calls (SGL_COMM_CHECK)";
     default:
       return "all_reduce";
   }

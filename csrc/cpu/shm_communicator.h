@@ -38,6 +38,7 @@ struct Call {
     kAllGather = 3,
     kAllReduceLayerNorm = 4,
     kBroadcast = 5,
+    kCompareCalls = 6,
   };
   static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 8;
 

@@ -1,0 +1,53 @@
+#include "cpu/agreement.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+#include "fallback.h"
+
+namespace sgl_comm::cpu {
+
+namespace {
+
+constexpr size_t kTextBytes = 1024;  // what is longer is cut
+using Bytes = std::vector<char>;
+
+std::string text_of(const char* bytes) { return std::string(bytes, strnlen(bytes, kTextBytes)); }
+
+}  // namespace
+
+std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& group, const std::string& text) {
+  Bytes mine(kTextBytes);
+  std::copy_n(text.data(), std::min(text.size(), kTextBytes), mine.data());
+  std::vector<std::string> texts;
+  if (group->communicator == nullptr) {
+    const Tensor sent = torch::stable::from_blob(mine.data(), {static_cast<int64_t>(kTextBytes)}, {1},
+                                                 torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                                 torch::headeronly::ScalarType::Byte);
+    const Tensor all = fallback::all_gather(op, sent, group->name, group->world);
+    const char* const received = static_cast<const char*>(all.const_data_ptr());
+    for (int r = 0; r < group->world; ++r) texts.push_back(text_of(received + r * kTextBytes));
+    return texts;
+  }
+  ShmCommunicator& comm = *group->communicator;
+  const auto turn = comm.begin(op, {Call::Kind::kCompareCalls, torch::headeronly::ScalarType::Byte, kTextBytes});
+  comm.next_step();
+  std::memcpy(comm.slot(comm.rank()), mine.data(), kTextBytes);
+  comm.arrive();
+  comm.await_arrivals();
+  for (int r = 0; r < comm.world(); ++r) texts.push_back(text_of(reinterpret_cast<const char*>(comm.slot(r))));
+  return texts;
+}
+
+void compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused) {
+  const std::vector<std::string> texts = texts_of_ranks(op, group, (refused ? "refused, " : "") + text);
+  const bool alike = std::all_of(texts.begin(), texts.end(), [&](const std::string& t) { return t == texts[0]; });
+  if (alike && !refused) return;
+  std::ostringstream list;
+  for (size_t r = 0; r < texts.size(); ++r) list << (r == 0 ? "" : "; ") << "rank " << r << ": " << texts[r];
+  fail("sgl_comm::", op, ": expected the same call on every rank, and none that is refused; got ", list.str(),
+       ". Nothing was sent (SGL_COMM_CHECK)");
+}
+
+}  // namespace sgl_comm::cpu

@@ -1,0 +1,155 @@
+"""SGL_COMM_CHECK: ranks compare what they are about to call; a difference or a refusal is told to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import error_text, group_without_shared_memory
+from torch import Tensor
+
+import sgl_comm
+from sgl_comm.testing import RankContext, RankPool
+
+ops = sgl_comm.ops
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"cpu-{world}")
+def checking(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    with RankPool(request.param, env={"SGL_COMM_CHECK": "1", "SGL_COMM_TIMEOUT": "20"}) as pool:
+        yield pool
+
+
+CALLS: dict[str, Callable[[Tensor, str], object]] = {
+    "all_reduce": lambda x, name: ops.cfg_all_reduce(x, name),
+    "all_reduce_": lambda x, name: ops.cfg_all_reduce_(x, name),
+    "broadcast": lambda x, name: ops.cfg_broadcast(x, 0, name),
+    "broadcast_": lambda x, name: ops.cfg_broadcast_(x, 0, name),
+}
+
+
+def odd_calls(name: str, call: str) -> dict[str, tuple[Callable[[], object], str]]:
+    """What rank 1 does where the others call with float32[2, 3]: and words of its line in every rank's error."""
+    own, x = CALLS[call], torch.ones(2, 3)
+    words = {"all_reduce": ("cfg_all_reduce of ", ", sum"), "broadcast": ("cfg_broadcast of ", " from rank 0")}
+    begin, end = words[call.rstrip("_")]
+    other = "broadcast" if call.startswith("all_reduce") else "all_reduce"
+    odd: dict[str, tuple[Callable[[], object], str]] = {
+        "shape": (lambda: own(torch.ones(3, 2), name), f"{begin}Float[3, 2] on cpu{end}"),
+        "dimensions": (lambda: own(torch.ones(6), name), f"{begin}Float[6] on cpu{end}"),
+        "dtype": (lambda: own(x.bfloat16(), name), f"{begin}BFloat16[2, 3] on cpu{end}"),
+        "op": (lambda: CALLS[other](x, name), f"cfg_{other} of Float[2, 3] on cpu"),
+        "grad": (lambda: own(x.clone().requires_grad_(), name), "Float[2, 3] on cpu that requires grad"),
+        "sparse": (lambda: CALLS[call.rstrip("_")](x.to_sparse(), name), "got a tensor without strides"),
+    }
+    if call.endswith("_"):
+        odd["overlap"] = (lambda: own(torch.ones(1, 3).expand(2, 3), name), "in which several elements share memory")
+    if call.startswith("broadcast"):
+        odd["src"] = (lambda: ops.cfg_broadcast(x, 1, name), "cfg_broadcast of Float[2, 3] on cpu from rank 1")
+        odd["no such src"] = (lambda: ops.cfg_broadcast(x, 9, name), "got src 9; expected a rank of the group, 0 to")
+    else:
+        odd["reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "max"), "cfg_all_reduce of Float[2, 3] on cpu, max")
+        odd["no such reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "mean"), "got reduce_op 'mean'")
+    return odd
+
+
+def errors_of(ctx: RankContext, name: str) -> list[str]:
+    """What is wrong with the errors that every rank gets, and with the calls that follow."""
+    wrong = []
+    for call, own in CALLS.items():
+        for what, (odd, words) in odd_calls(name, call).items():
+            x = torch.ones(2, 3)
+            text = error_text(odd if ctx.rank == 1 else lambda own=own, x=x: own(x, name))
+            begin = "sgl_comm::cfg_"
+            told = ": expected the same call on every rank, and none that is refused; got rank 0: cfg_"
+            if not (text.startswith(begin) and told in text and text.endswith("Nothing was sent (SGL_COMM_CHECK)")):
+                wrong.append(f"{call}, {what}: {text!r}")
+            elif words not in text.partition("; rank 1: ")[2].partition("; rank 2: ")[0]:
+                wrong.append(f"{call}, {what}: not {words!r} in {text!r}")
+            if x.unique().tolist() != [1]:
+                wrong.append(f"{call}, {what}: the tensor was written")
+            wrong += works(ctx, name, f"{call}, {what}")
+    return wrong
+
+
+def works(ctx: RankContext, name: str, label: str) -> list[str]:
+    """Whether calls work, of layouts that differ and in place on one rank alone: neither is a difference."""
+    x = torch.ones(3, 2).t() if ctx.rank == 0 else torch.ones(2, 3)
+    total = ops.cfg_all_reduce(x, name)
+    sent = ops.cfg_broadcast(x * ctx.rank, ctx.world - 1, name)
+    y = torch.full((4,), float(ctx.rank))
+    if ctx.rank == 0:
+        ops.cfg_broadcast_(y, 1, name)
+    else:
+        y = ops.cfg_broadcast(y, 1, name)
+    found = [each.unique().tolist() for each in (total, sent, y)]
+    return [] if found == [[ctx.world], [ctx.world - 1], [1]] else [f"{label}, the calls afterwards: got {found}"]
+
+
+def with_shared_memory(ctx: RankContext) -> list[str]:
+    return errors_of(ctx, ctx.group.group_name)
+
+
+def by_the_own_backend(ctx: RankContext) -> list[str]:
+    with group_without_shared_memory(ctx) as name:
+        return errors_of(ctx, name)
+
+
+def refused_by_all(ctx: RankContext) -> str:
+    name = ctx.group.group_name
+    text = error_text(lambda: ops.cfg_all_reduce_(torch.ones(1, 3).expand(2, 3), name))
+    assert not works(ctx, name, "")
+    return text
+
+
+def differing_settings(ctx: RankContext) -> list[str]:
+    """Of init, where rank 1 alone has another value, and where it has a bad one; then a group works."""
+    group, texts = dist.new_group(list(range(ctx.world))), []
+    for value in ("1", "yes"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SGL_COMM_CHECK", value if ctx.rank == 1 else "0")
+            texts.append(error_text(lambda: sgl_comm.init(group)))
+    with sgl_comm.init(group) as comm:
+        assert comm.cfg_all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
+    dist.destroy_process_group(group)
+    return texts
+
+
+def unchecked(ctx: RankContext) -> list[float]:
+    """Shapes that differ where nothing is compared: as many elements are summed, one after the other."""
+    shape = (3, 2) if ctx.rank == 1 else (2, 3)
+    return ops.cfg_all_reduce(torch.arange(6.0).view(shape), ctx.group.group_name).flatten().tolist()
+
+
+def assert_right(results: list[list[str]]) -> None:
+    wrong = [f"rank {rank}: {text}" for rank, texts in enumerate(results) for text in texts]
+    assert not wrong, f"{len(wrong)} wrong, among them:\n" + "\n".join(wrong[:10])
+
+
+def test_a_difference_or_a_refusal_is_told_on_every_rank_and_calls_go_on(checking: RankPool) -> None:
+    assert_right(checking.run(with_shared_memory, deadline=60))
+
+
+def test_the_same_by_the_own_backend(checking: RankPool) -> None:
+    assert_right(checking.run(by_the_own_backend, deadline=60))
+
+
+def test_what_every_rank_refuses_is_told_as_theirs(checking: RankPool) -> None:
+    for text in checking.run(refused_by_all, deadline=60):
+        assert text.count("refused, sgl_comm::cfg_all_reduce_: got Float[2, 3] on cpu in which several") == len(
+            text.split("; rank ")
+        )
+
+
+def test_the_setting_must_be_alike_and_known(checking: RankPool) -> None:
+    for rank, (differs, bad) in enumerate(checking.run(differing_settings, deadline=60)):
+        assert differs.startswith("init: got SGL_COMM_CHECK of 0, 1")
+        problem = "got SGL_COMM_CHECK='yes'; expected 0 or 1"
+        assert bad == (f"init: {problem}" if rank == 1 else f"init: rank 1: {problem}")
+
+
+def test_nothing_is_compared_without_it() -> None:
+    with RankPool(2) as pool:
+        assert pool.run(unchecked, deadline=30) == [[0, 2, 4, 6, 8, 10]] * 2

@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");
+  m.def("_layout_copies() -> int");
   m.def("_cuda_link(int device, int peer) -> int");
   m.def("_v2_open(str group_name, int rank, int world, str backend) -> ()");
   m.def("_v2_close(str group_name) -> ()");

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -68,9 +69,23 @@ inline Tensor fresh_row_major(const char* op, const Tensor& tensor) {
   return out;
 }
 
+// How often this library has copied a tensor for its layout's sake; for tests.
+inline std::atomic<int64_t>& num_layout_copies() {
+  static std::atomic<int64_t> copies{0};
+  return copies;
+}
+
 // The tensor itself where it is row-major, else a row-major copy of it.
 inline Tensor row_major(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  ++num_layout_copies();
+  return torch::stable::contiguous(tensor);
+}
+
+// Row-major values into a tensor of any strides.
+inline void copy_back(const Tensor& values, Tensor& tensor) {
+  ++num_layout_copies();
+  torch::stable::copy_(tensor, values);
 }
 
 // Whether two of the tensor's elements share memory, as in the result of expand(). Exact.
@@ -121,9 +136,9 @@ void in_place(const char* op, Tensor& tensor, Work&& work) {
     return;
   }
   check_disjoint(op, tensor);
-  Tensor copy = torch::stable::contiguous(tensor);
+  Tensor copy = row_major(tensor);
   work(copy);
-  torch::stable::copy_(tensor, copy);
+  copy_back(copy, tensor);
 }
 
 }  // namespace sgl_comm

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from sgl_comm import envs, ops
 from sgl_comm.build_info import BuildInfo, build_info
+from sgl_comm.cfg_group import CfgGroup
 from sgl_comm.communicator import Communicator, init
 from sgl_comm.dispatch import can_use_custom_all_reduce_v2, dispatch_custom_allreduce
 from sgl_comm.errors import SglCommError
+from sgl_comm.work import Work
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
+    "CfgGroup",
     "Communicator",
     "SglCommError",
+    "Work",
     "build_info",
     "can_use_custom_all_reduce_v2",
     "dispatch_custom_allreduce",

@@ -133,6 +133,28 @@ def work_of(ctx: RankContext) -> list[str]:
     return wrong
 
 
+def copies(ctx: RankContext) -> dict[str, int]:
+    """How often the library copies for the sake of a layout: what was called -> copies."""
+    comm, found = ctx.comm, {}
+    assert comm is not None
+    calls = {
+        "all_reduce": comm.cfg_all_reduce,
+        "all_reduce_": comm.cfg_all_reduce_,
+        "broadcast": lambda x: comm.cfg_broadcast(x, 0),
+        "broadcast_": lambda x: comm.cfg_broadcast_(x, 0),
+    }
+    for name, call in calls.items():
+        for layout, x in (
+            ("row-major", torch.ones(3, 5)),
+            ("offset", torch.ones(16)[1:]),
+            ("strided", torch.ones(3, 5).t()),
+        ):
+            before = torch.ops.sgl_comm._layout_copies()
+            call(x)
+            found[f"{name}, {layout}"] = torch.ops.sgl_comm._layout_copies() - before
+    return found
+
+
 @every_world
 def test_every_layout_in_place_and_not(ranks: Ranks) -> None:
     ranks.all_right(matrix)
@@ -141,6 +163,14 @@ def test_every_layout_in_place_and_not(ranks: Ranks) -> None:
 @pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3, 4)))
 def test_other_dtypes_and_groups_without_shared_memory(ranks: Ranks) -> None:
     ranks.all_right(whole_numbers)
+
+
+def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:
+    for rank, found in enumerate(Ranks("cpu", 2).run(copies)):
+        strided = {"all_reduce": 1, "all_reduce_": 2, "broadcast": 0, "broadcast_": 1}
+        expected = {f"{name}, {layout}": 0 for name in strided for layout in ("row-major", "offset")}
+        expected |= {f"{name}, strided": count for name, count in strided.items()}
+        assert found == expected, f"rank {rank}"
 
 
 @pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3)))

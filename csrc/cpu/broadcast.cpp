@@ -69,7 +69,7 @@ void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
   }
   Tensor buffer = source ? row_major(input) : input.is_contiguous() ? input : empty_row_major(kOp, input);
   broadcast(kOp, *group->communicator, src, buffer);
-  if (!source && !input.is_contiguous()) torch::stable::copy_(input, buffer);
+  if (!source && !input.is_contiguous()) copy_back(buffer, input);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "handles.h"
+#include "tensor.h"
 #include "text.h"
 
 namespace sgl_comm::cpu {
@@ -36,6 +37,8 @@ std::string shm_attach(const Text& name, const Tensor& bytes) {
 
 void shm_settle(const Text& name, bool agreed) { groups().settle(name, agreed); }
 
+int64_t layout_copies() { return num_layout_copies().load(); }
+
 std::string shm_fault(const Text& name) { return groups().fault(name); }
 
 }  // namespace
@@ -49,4 +52,5 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("_shm_attach", TORCH_BOX(&sgl_comm::cpu::shm_attach));
   m.impl("_shm_settle", TORCH_BOX(&sgl_comm::cpu::shm_settle));
   m.impl("_shm_fault", TORCH_BOX(&sgl_comm::cpu::shm_fault));
+  m.impl("_layout_copies", TORCH_BOX(&sgl_comm::cpu::layout_copies));
 }

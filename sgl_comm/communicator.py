@@ -144,19 +144,19 @@ class Communicator:
         """Every rank's ``input`` along dim 0, in rank order. See ``sgl_comm.ops.all_gather``."""
         return sgl_ops.all_gather(input, self.group_name)
 
-    def cfg_all_reduce(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work | None:
+    def cfg_all_reduce(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work:
         """``all_reduce`` for tensors of any layout. See ``sgl_comm.ops.cfg_all_reduce``."""
         return sgl_ops.cfg_all_reduce(input, self.group_name, reduce_op, async_op)
 
-    def cfg_all_reduce_(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work | None:
+    def cfg_all_reduce_(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Work | None:
         """The same, in place. See ``sgl_comm.ops.cfg_all_reduce_``."""
         return sgl_ops.cfg_all_reduce_(input, self.group_name, reduce_op, async_op)
 
-    def cfg_broadcast(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work | None:
+    def cfg_broadcast(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work:
         """Rank ``src``'s ``input``, bit for bit. See ``sgl_comm.ops.cfg_broadcast``."""
         return sgl_ops.cfg_broadcast(input, src, self.group_name, async_op)
 
-    def cfg_broadcast_(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work | None:
+    def cfg_broadcast_(self, input: Tensor, src: int, async_op: bool = False) -> Work | None:
         """The same, in place. See ``sgl_comm.ops.cfg_broadcast_``."""
         return sgl_ops.cfg_broadcast_(input, src, self.group_name, async_op)
 

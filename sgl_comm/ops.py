@@ -63,9 +63,7 @@ def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
         _ops.all_reduce_(input, group_name, reduce_op)
 
 
-def cfg_all_reduce(
-    input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False
-) -> Tensor | Work | None:
+def cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work:
     """``all_reduce`` for tensors of any layout, as diffusion models have under classifier-free-guidance parallelism.
 
     Element (i, j) is summed with (i, j), whatever the strides, in which ranks may differ. The bits are
@@ -87,9 +85,7 @@ def cfg_all_reduce(
     return _called(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
 
 
-def cfg_all_reduce_(
-    input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False
-) -> Tensor | Work | None:
+def cfg_all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False) -> Work | None:
     """``cfg_all_reduce`` in place: the caller's own tensor holds the result, and what lies between strides stays.
 
     Args, ``Work`` and errors as for ``cfg_all_reduce``; a tensor that overlaps itself (``expand``) is refused unsent.
@@ -97,7 +93,7 @@ def cfg_all_reduce_(
     return _called(_ops.cfg_all_reduce_, (input, group_name, reduce_op), async_op)
 
 
-def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work | None:
+def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work:
     """Rank ``src``'s ``input``, bit for bit, for every dtype and any strides, in which ranks may differ.
 
     Args:
@@ -116,7 +112,7 @@ def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = Fal
     return _called(_ops.cfg_broadcast, (input, src, group_name), async_op)
 
 
-def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work | None:
+def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Work | None:
     """``cfg_broadcast`` in place: the caller's own tensor holds the result, and what lies between strides stays.
 
     Args, ``Work`` and errors as for ``cfg_broadcast``; a tensor that overlaps itself (``expand``) is refused unsent,
@@ -125,7 +121,7 @@ def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = Fa
     return _called(_ops.cfg_broadcast_, (input, src, group_name), async_op)
 
 
-def _called(op: Callable[..., Tensor | None], args: tuple[Any, ...], async_op: bool) -> Tensor | Work | None:
+def _called(op: Callable[..., Tensor | None], args: tuple[Any, ...], async_op: bool) -> Any:
     if torch.compiler.is_compiling():
         if async_op:
             raise SglCommError(f"{op}: got async_op=True under torch.compile; expected False")

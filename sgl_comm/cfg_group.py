@@ -6,10 +6,12 @@ Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022: with a scale ``s``,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from sgl_comm.capability import SUPPORTED_DTYPES
 from sgl_comm.communicator import Communicator
 from sgl_comm.errors import SglCommError
 
@@ -59,8 +61,12 @@ class CfgGroup:
             A new row-major tensor of one branch's rows.
 
         Raises:
-            SglCommError: a number of weights that is not that of the branches, or a failed call.
+            SglCommError: another dtype, a number of weights that is not that of the branches, or a failed call.
         """
+        if prediction.dtype not in SUPPORTED_DTYPES:
+            raise SglCommError(
+                f"CfgGroup.combine: got {prediction.dtype}; expected one of {', '.join(map(str, SUPPORTED_DTYPES))}"
+            )
         weights = self._weights(guidance_scale)
         if self.comm.world_size > 1:
             return self.comm.cfg_all_reduce(prediction * weights[self.comm.rank])
@@ -72,7 +78,7 @@ class CfgGroup:
         return total.to(prediction.dtype)
 
     def _weights(self, guidance_scale: float | Sequence[float]) -> tuple[float, ...]:
-        if isinstance(guidance_scale, (int, float)):
+        if isinstance(guidance_scale, Real):
             if self.num_branches != 2:
                 raise SglCommError(
                     f"CfgGroup.combine: got one scale for {self.num_branches} branches; expected a weight for each"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,8 @@ def cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum", async
 
     Raises:
         SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time. A call that every
-            rank refuses leaves the group as it was; one that some ranks refuse and others make ends it, on all.
+            rank refuses leaves the group as it was; one that some ranks refuse and others make ends it, on all, where
+            shared memory serves the call.
     """
     return _called(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
 
@@ -121,10 +122,10 @@ def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = Fa
     return _called(_ops.cfg_broadcast_, (input, src, group_name), async_op)
 
 
-def _called(op: Callable[..., Tensor | None], args: tuple[Any, ...], async_op: bool) -> Any:
+def _called(op: torch._ops.OpOverloadPacket, args: tuple[Any, ...], async_op: bool) -> Any:
     if torch.compiler.is_compiling():
         if async_op:
-            raise SglCommError(f"{op}: got async_op=True under torch.compile; expected False")
+            raise SglCommError(f"sgl_comm::{op.__name__}: got async_op=True under torch.compile; expected False")
         return op(*args)
     with own_errors():
         return start(lambda: op(*args), args[0]) if async_op else op(*args)

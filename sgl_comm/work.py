@@ -16,32 +16,38 @@ class Work:
     ``wait`` the caller may neither write the call's tensor nor look at the result.
     """
 
-    def __init__(self, result: Tensor | None, ended: torch.cuda.Event | None) -> None:
-        self._result, self._ended = result, ended
+    def __init__(self, result: Tensor | None, device: torch.device, ended: torch.cuda.Event | None) -> None:
+        self._result, self._device, self._ended = result, device, ended
 
     def wait(self) -> Tensor | None:
-        """Orders the current stream behind the call, without stopping the host; gives what the call itself would."""
+        """Orders the current stream of the tensor's device behind the call, without stopping the host.
+
+        Gives what the call itself would.
+        """
         if self._ended is not None:
-            self._ended.wait()
+            stream = torch.cuda.current_stream(self._device)
+            self._ended.wait(stream)
             if self._result is not None:
-                self._result.record_stream(torch.cuda.current_stream(self._result.device))
+                self._result.record_stream(stream)
         return self._result
 
     def is_completed(self) -> bool:
-        """Whether the call has ended."""
+        """Whether the call has ended. Not inside a CUDA graph capture."""
         return self._ended is None or self._ended.query()
 
 
 def start(call: Callable[[], Tensor | None], tensor: Tensor) -> Work:
     """Makes a call that works on ``tensor``: on the CPU at once, on CUDA on a stream of its own."""
     if tensor.device.type != "cuda":
-        return Work(call(), None)
+        return Work(call(), tensor.device, None)
     stream = _stream_of(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        result = call()
-    tensor.record_stream(stream)
-    return Work(result, stream.record_event())
+    try:
+        with torch.cuda.stream(stream):
+            result = call()
+    finally:
+        tensor.record_stream(stream)
+    return Work(result, tensor.device, stream.record_event())
 
 
 @functools.cache

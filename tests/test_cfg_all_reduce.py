@@ -165,6 +165,12 @@ def test_other_dtypes_and_groups_without_shared_memory(ranks: Ranks) -> None:
     ranks.all_right(whole_numbers)
 
 
+def test_async_op_is_refused_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(sgl_comm.SglCommError, match=r"^sgl_comm::cfg_all_reduce_: got async_op=True under torch"):
+        sgl_comm.ops.cfg_all_reduce_(torch.ones(3), "any", async_op=True)
+
+
 def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:
     for rank, found in enumerate(Ranks("cpu", 2).run(copies)):
         strided = {"all_reduce": 1, "all_reduce_": 2, "broadcast": 0, "broadcast_": 1}

@@ -75,6 +75,7 @@ def errors(ctx: RankContext) -> list[str]:
             error_text(lambda: one.split(torch.tensor(1.0))),
             error_text(lambda: one.combine(torch.ones(4, 2), [1.0, 2.0, 3.0])),
             error_text(lambda: CfgGroup(own, 3).combine(torch.ones(3, 2), 2.0)),
+            error_text(lambda: one.combine(torch.ones(4, 2, dtype=torch.float64), 2.0)),
         ]
 
 
@@ -148,6 +149,7 @@ def test_bad_arguments() -> None:
             "CfgGroup.split: got a batch of shape (); expected dim 0 to be a multiple of 2, the number of branches",
             "CfgGroup.combine: got 3 weights; expected 2, one a branch",
             "CfgGroup.combine: got one scale for 3 branches; expected a weight for each",
+            "CfgGroup.combine: got torch.float64; expected one of torch.float32, torch.bfloat16, torch.float16",
         ]
 
 

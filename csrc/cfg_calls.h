@@ -1,6 +1,8 @@
-// What the cfg_ ops refuse on every device, and their calls in words, alike on all ranks where they go together.
+// What the cfg_ ops do before they send anything, on every device: what this rank finds wrong with a call and, where
+// the group has SGL_COMM_CHECK, whether all ranks are about to make the same.
 #pragma once
 
+#include <exception>
 #include <string>
 
 #include "inference_only.h"
@@ -14,12 +16,29 @@ inline void check_broadcast(const char* op, const Tensor& input, int64_t src, in
   SGL_CHECK(src >= 0 && src < world, op, ": got src ", src, "; expected a rank of the group, 0 to ", world - 1);
 }
 
+// Alike on all ranks where they go together.
 inline std::string describe_broadcast(const Tensor& input, int64_t src) {
   return "cfg_broadcast of " + describe(input) + " from rank " + std::to_string(src);
 }
 
 inline std::string describe_cfg_all_reduce(const Tensor& input, const std::string& reduce_op) {
   return "cfg_all_reduce of " + describe(input) + ", " + reduce_op;
+}
+
+// `checks` refuse what this rank is given by throwing; describe() is the call in words. compare(text, refused) throws
+// on every rank unless all texts are alike and no call is refused, and all are in step still. Without SGL_COMM_CHECK a
+// refusal is counted, by count_refusal().
+template <typename Group, typename Checks, typename Describe, typename Compare, typename CountRefusal>
+void agree(const Group& group, Checks&& checks, Describe&& describe, Compare&& compare, CountRefusal&& count_refusal) {
+  const bool comparing = group.compare_calls && group.world > 1;
+  try {
+    checks();
+  } catch (const std::exception& error) {
+    if (comparing) compare(std::string(error.what()), true);
+    count_refusal();
+    throw;
+  }
+  if (__builtin_expect(comparing, 0)) compare(describe(), false);
 }
 
 }  // namespace sgl_comm

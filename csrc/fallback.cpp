@@ -28,30 +28,22 @@ Tensor all_reduce_any_device(const Tensor& input, const Text& group_name, const 
   return all_reduce("all_reduce", input, group_name, reduce_op);
 }
 
-// Tensors of the CPU come here too: those without strides.
-template <typename Checks, typename Describe>
-void agree_on_cpu_call(const char* op, const Tensor& input, const cpu::Groups::GroupPtr& group, Checks&& checks,
-                       Describe&& describe_call) {
-  if (input.is_cpu()) return cpu::agree_on_call(op, group, checks, describe_call);
-  checks();
-}
-
 Tensor cfg_all_reduce_any_device(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce";
   const auto checks = [&] {
     check_reduce_op(kOp, reduce_op);
     check(kOp, input, group_name);
   };
-  agree_on_cpu_call(kOp, input, cpu::groups().find(kOp, group_name), checks,
-                    [&] { return describe_cfg_all_reduce(input, reduce_op); });
+  cpu::agree_on_call(kOp, cpu::groups().find(kOp, group_name), checks,
+                     [&] { return describe_cfg_all_reduce(input, reduce_op); });
   return all_reduce(kOp, input, group_name, reduce_op);
 }
 
 Tensor cfg_broadcast_any_device(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = cpu::groups().find(kOp, group_name);
-  agree_on_cpu_call(
-      kOp, input, group, [&] { check_broadcast(kOp, input, src, group->world); },
+  cpu::agree_on_call(
+      kOp, group, [&] { check_broadcast(kOp, input, src, group->world); },
       [&] { return describe_broadcast(input, src); });
   if (group->world == 1) return fresh_row_major(kOp, input);
   return broadcast(kOp, input, src, group->name, group->rank);

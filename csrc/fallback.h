@@ -71,7 +71,7 @@ inline Tensor call_functional(const char* op, const char* name, const Tensor& in
 // Row-major memory as bytes, which every backend moves, whatever the dtype. Owns nothing.
 inline Tensor bytes_of(const Tensor& tensor) {
   void* const data = const_cast<void*>(tensor.const_data_ptr());
-  const int64_t size = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  const int64_t size = num_bytes(tensor);
   return torch::stable::from_blob(data, {size}, {1}, tensor.device(), torch::headeronly::ScalarType::Byte);
 }
 

@@ -40,8 +40,9 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");
   m.def("_layout_copies() -> int");
+  m.def("_compare_calls(str group_name, str op, str text, bool refused) -> str");
   m.def("_cuda_link(int device, int peer) -> int");
-  m.def("_v2_open(str group_name, int rank, int world, str backend) -> ()");
+  m.def("_v2_open(str group_name, int rank, int world, str backend, bool compare_calls=False) -> ()");
   m.def("_v2_close(str group_name) -> ()");
   m.def(
       "_v2_publish(str group_name, int device, int max_size, int one_shot_bytes, int ring_bytes, int fallback_bytes,"

@@ -67,18 +67,19 @@ inline Tensor to_tensor(const Ref& object) {
   return handle != nullptr ? Tensor(static_cast<AtenTensorHandle>(handle)) : Tensor();
 }
 
+inline std::string to_string(const Ref& text) {
+  const char* bytes = text ? PyUnicode_AsUTF8AndSize(text.get(), nullptr) : nullptr;
+  return bytes != nullptr ? bytes : "?";
+}
+
 // Takes Python's error as "RuntimeError: its text", without torch's C++ stack.
 inline std::string take_error() {
   PyObject *raw_type = nullptr, *raw_value = nullptr, *raw_trace = nullptr;
   PyErr_Fetch(&raw_type, &raw_value, &raw_trace);
   PyErr_NormalizeException(&raw_type, &raw_value, &raw_trace);
   const Ref type(raw_type), value(raw_value), trace(raw_trace);
-  const auto utf8 = [](const Ref& text) {
-    const char* bytes = text ? PyUnicode_AsUTF8AndSize(text.get(), nullptr) : nullptr;
-    return std::string(bytes != nullptr ? bytes : "?");
-  };
-  const std::string text = utf8(Ref(value ? PyObject_Str(value.get()) : nullptr));
-  std::string error = utf8(type.attr("__name__")) + ": " + text.substr(0, text.find("\nException raised from"));
+  const std::string text = to_string(Ref(value ? PyObject_Str(value.get()) : nullptr));
+  std::string error = to_string(type.attr("__name__")) + ": " + text.substr(0, text.find("\nException raised from"));
   PyErr_Clear();
   return error;
 }

@@ -26,6 +26,8 @@ inline std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
+inline int64_t num_bytes(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
+
 inline void check_strided(const char* op, const Tensor& tensor) {
   int32_t layout = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
@@ -139,6 +141,18 @@ void in_place(const char* op, Tensor& tensor, Work&& work) {
   Tensor copy = row_major(tensor);
   work(copy);
   copy_back(copy, tensor);
+}
+
+// The same for work that reads nothing of the tensor and writes all of it. Before: check_disjoint().
+template <typename Work>
+void overwrite(const char* op, Tensor& tensor, Work&& work) {
+  if (tensor.is_contiguous()) {
+    work(tensor);
+    return;
+  }
+  Tensor out = empty_row_major(op, tensor);
+  work(out);
+  copy_back(out, tensor);
 }
 
 }  // namespace sgl_comm

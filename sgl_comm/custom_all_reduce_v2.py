@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_comm import _fake
+from sgl_comm import _fake, envs
 from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE, GpuAllReduce
 from sgl_comm.rendezvous import Rendezvous
 
@@ -39,7 +39,7 @@ class CustomAllReduceV2(GpuAllReduce):
         return default_max_size(world)
 
     def _open(self, link: Rendezvous) -> None:
-        _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"))
+        _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"), envs.check())
         _fake.world_sizes[link.name] = link.world
 
     def algorithm(self, num_bytes: int) -> str:

@@ -35,9 +35,16 @@ import sgl_comm
 from sgl_comm import testing
 from sgl_comm.testing import RankContext
 
+ROWS = {
+    torch.uint8: (1, 511, 512, 513, 65_537, (1 << 19) + 1, (9 << 19) + 7),
+    torch.bfloat16: (255, 257, (1 << 18) - 1, 5 << 18),
+}
+"""Numbers of elements about those at which a GPU's launch has a row, block or tile more."""
+
 SHAPES = ((), *ROW_SHAPES, (2, 3, 2, 4, 3))
 
-every_world = pytest.mark.parametrize("ranks", ranks_on("cpu", CPU_WORLDS))
+every_world = pytest.mark.parametrize("ranks", [*ranks_on("cpu", CPU_WORLDS), *ranks_on("cuda", (2, 3, 4, 8))])
+some_worlds = pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, 2, 3)), *ranks_on("cuda", (2, 3))])
 
 
 def calls_of_every_layout(ctx: RankContext, group: str, name: str, values: Sequence[Tensor]) -> list[CfgBroadcast]:
@@ -64,7 +71,7 @@ def in_the_own_group(ctx: RankContext) -> list[str]:
 
 
 def by_the_own_backend(ctx: RankContext) -> list[str]:
-    """Where no shared memory serves."""
+    """Where neither shared memory nor kernels serve."""
     with group_without_shared_memory(ctx) as group:
         return matrix(ctx, ((), (0,), (5,), (4, 0), (2, 3, 4, 5)), group)
 
@@ -90,11 +97,11 @@ def in_a_group_of_some(ctx: RankContext) -> list[str]:
 
 
 def around_the_chunk(ctx: RankContext) -> list[str]:
-    """Sizes at which the number of steps changes, and large ones in several layouts."""
+    """Sizes at which the number of steps, rows or tiles changes, and large ones in several layouts."""
     wrong = []
     for dtype in (torch.uint8, torch.bfloat16, torch.complex128):
         slot = SLOT_BYTES // dtype.itemsize
-        for count in (slot - 1, slot, slot + 1, 2 * slot, 3 * slot + 5):
+        for count in (slot - 1, slot, slot + 1, 2 * slot, 3 * slot + 5, *ROWS.get(dtype, ())):
             values = random_bytes(ctx.world, (count,), dtype)
             layout = testing.layouts((count,))["offset"]
             call = CfgBroadcast(name_of(dtype, count), values, [layout] * ctx.world, ctx.group.group_name, ctx.rank)
@@ -107,7 +114,7 @@ def lazy_views(ctx: RankContext) -> list[str]:
     """A conjugate and a negation that torch has not carried out yet, sent, and received into."""
     wrong = []
     for name, view in (("conj", Tensor.conj), ("conj.imag", lambda z: z.conj().imag)):
-        x = torch.view_as_complex(torch.arange(12.0).view(6, 2)) + ctx.rank
+        x = torch.view_as_complex(torch.arange(12.0).view(6, 2)).to(ctx.device) + ctx.rank
         expected = view(x - ctx.rank).clone().resolve_conj().resolve_neg()
         wrong += differs(sgl_comm.ops.cfg_broadcast(view(x), 0, ctx.group.group_name), expected, name)
         sgl_comm.ops.cfg_broadcast_(view(x), 0, ctx.group.group_name)
@@ -120,11 +127,11 @@ def source_runs_ahead(ctx: RankContext, count: int, late: int) -> list[str]:
     wrong = []
     for call in range(count):
         src = call // 7 % ctx.world
-        x = torch.full((SLOT_BYTES // 4 + 1,), float(call if ctx.rank == src else -1))
+        x = torch.full((SLOT_BYTES // 4 + 1,), float(call if ctx.rank == src else -1), device=ctx.device)
         if ctx.rank == late and call % 10 == 3:
             time.sleep(0.002)
         if call % 5 == 4:  # between broadcasts, what writes every rank's slot
-            total = torch.ops.sgl_comm.all_reduce(torch.ones(5000), ctx.group.group_name)
+            total = torch.ops.sgl_comm.all_reduce(torch.ones(5000, device=ctx.device), ctx.group.group_name)
             wrong += [] if total.unique().tolist() == [ctx.world] else [f"sum {call}: got {total.unique().tolist()}"]
         sgl_comm.ops.cfg_broadcast_(x, src, ctx.group.group_name)
         wrong += [] if x.unique().tolist() == [call] else [f"call {call}: got {x.unique().tolist()[:3]}"]
@@ -133,20 +140,20 @@ def source_runs_ahead(ctx: RankContext, count: int, late: int) -> list[str]:
 
 def refusals(ctx: RankContext) -> dict[str, str]:
     """Bad arguments on every rank: what was bad -> the error. After each, calls work."""
-    name, x = ctx.group.group_name, torch.ones(4, 3)
+    name, x = ctx.group.group_name, torch.ones(4, 3, device=ctx.device)
     ops = sgl_comm.ops
     bad = {
         "wrong src": lambda: ops.cfg_broadcast(x, ctx.world, name),
         "negative src": lambda: ops.cfg_broadcast_(x, -1, name),
         "grad": lambda: ops.cfg_broadcast(x.clone().requires_grad_(), 0, name),
-        "overlap": lambda: ops.cfg_broadcast_(torch.ones(1, 3).expand(4, 3), 0, name),
+        "overlap": lambda: ops.cfg_broadcast_(x[:1].expand(4, 3), 0, name),
         "sparse": lambda: ops.cfg_broadcast(x.to_sparse(), 0, name),
         "unknown group": lambda: ops.cfg_broadcast(x, 0, "nowhere"),
     }
     texts = {}
     for what, call in bad.items():
         texts[what] = error_text(call)
-        values = torch.full((3,), float(ctx.rank))
+        values = torch.full((3,), float(ctx.rank), device=ctx.device)
         ops.cfg_broadcast_(values, ctx.world - 1, name)
         if values.tolist() != [ctx.world - 1] * 3:
             texts[what] = f"the call afterwards gave {values.tolist()}"
@@ -192,7 +199,7 @@ def test_every_dtype_size_and_layout(ranks: Ranks) -> None:
     ranks.all_right(in_the_own_group)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (2, 3)))
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (2, 3)), *ranks_on("cuda", (2,))])
 def test_the_own_backend_serves_where_shared_memory_does_not(ranks: Ranks) -> None:
     ranks.all_right(by_the_own_backend)
 
@@ -211,7 +218,7 @@ def test_lazy_conjugates_and_negations(ranks: Ranks) -> None:
     ranks.all_right(lazy_views)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (2, 3, 4)))
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (2, 3, 4)), *ranks_on("cuda", (2, 3))])
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_source_that_runs_ahead_overwrites_nothing(ranks: Ranks, late: int) -> None:
     ranks.all_right(source_runs_ahead, 200, late)
@@ -222,7 +229,7 @@ def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:
     ranks.all_right(interleaved, [CfgBroadcast, CfgAllReduce, AllGather, AllReduce], 200)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3)))
+@some_worlds
 def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> None:
     words = {
         "wrong src": f"sgl_comm::cfg_broadcast: got src {ranks.world}; expected a rank of the group, 0 to",
@@ -235,7 +242,7 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> Non
     for texts in ranks.run(refusals):
         assert texts.keys() == words.keys()
         for what, text in texts.items():
-            assert text.startswith(words[what])
+            assert text.startswith(words[what].replace("on cpu", f"on {ranks.device}"))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -29,7 +29,8 @@ from sgl_comm.work import Work
 
 SHAPES = ((), (0,), (4, 0), (1,), (7,), (10, 100), (5, 10, 20), (2, 4, 10, 13), (2, 3, 2, 4, 3), (3, 40_001))
 
-every_world = pytest.mark.parametrize("ranks", ranks_on("cpu", CPU_WORLDS))
+every_world = pytest.mark.parametrize("ranks", [*ranks_on("cpu", CPU_WORLDS), *ranks_on("cuda", (2, 3, 4, 8))])
+some_worlds = pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, 2, 3)), *ranks_on("cuda", (2, 3))])
 
 
 def calls_of_every_layout(ctx: RankContext, group: str, name: str, values: Sequence[Tensor]) -> list[CfgAllReduce]:
@@ -66,7 +67,7 @@ def whole_numbers(ctx: RankContext) -> list[str]:
 
 def sums_of_whole_numbers(ctx: RankContext, group: str, shape: Sequence[int], dtype: torch.dtype) -> list[str]:
     count = torch.empty(shape, device="meta").numel()
-    every = [(torch.arange(count).view(shape) * 3 + rank).to(dtype) for rank in range(ctx.world)]
+    every = [(torch.arange(count).view(shape) * 3 + rank).to(ctx.device, dtype) for rank in range(ctx.world)]
     wrong = []
     for async_op in (False, True):
         x = every[ctx.rank].clone()
@@ -83,13 +84,13 @@ def sums_of_whole_numbers(ctx: RankContext, group: str, shape: Sequence[int], dt
 
 def refusals(ctx: RankContext) -> dict[str, str]:
     """Bad arguments on every rank: what was bad -> the error. After each, calls work."""
-    name, x = ctx.group.group_name, torch.ones(4, 3)
+    name, x = ctx.group.group_name, torch.ones(4, 3, device=ctx.device)
     ops = sgl_comm.ops
     bad = {
         "reduce_op": lambda: ops.cfg_all_reduce(x, name, "mean"),
         "grad": lambda: ops.cfg_all_reduce_(x.clone().requires_grad_(), name),
-        "overlap": lambda: ops.cfg_all_reduce_(torch.ones(1, 3).expand(4, 3), name),
-        "async overlap": lambda: ops.cfg_all_reduce_(torch.ones(1, 3).expand(4, 3), name, async_op=True),
+        "overlap": lambda: ops.cfg_all_reduce_(x[:1].expand(4, 3), name),
+        "async overlap": lambda: ops.cfg_all_reduce_(x[:1].expand(4, 3), name, async_op=True),
         "sparse": lambda: ops.cfg_all_reduce(x.to_sparse(), name),
         "unknown group": lambda: ops.cfg_all_reduce(x, "nowhere"),
     }
@@ -160,7 +161,7 @@ def test_every_layout_in_place_and_not(ranks: Ranks) -> None:
     ranks.all_right(matrix)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3, 4)))
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, 2, 3, 4)), *ranks_on("cuda", (2,))])
 def test_other_dtypes_and_groups_without_shared_memory(ranks: Ranks) -> None:
     ranks.all_right(whole_numbers)
 
@@ -184,7 +185,7 @@ def test_work(ranks: Ranks) -> None:
     ranks.all_right(work_of)
 
 
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3)))
+@some_worlds
 def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> None:
     words = {
         "reduce_op": "sgl_comm::cfg_all_reduce: got reduce_op 'mean'; expected one of sum, ",
@@ -197,7 +198,7 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> Non
     for texts in ranks.run(refusals):
         assert texts.keys() == words.keys()
         for what, text in texts.items():
-            assert text.startswith(words[what])
+            assert text.startswith(words[what].replace("on cpu", f"on {ranks.device}"))
 
 
 @pytest.mark.parametrize("world", [2, 3])

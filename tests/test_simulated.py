@@ -104,6 +104,133 @@ def test_the_halves_give_the_bits_of_the_oracle(size: str, dtype: torch.dtype, w
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_broadcast_keeps_every_bit(size: str, world: int) -> None:
+    """Words of which many are the sentinel, as packs and as bytes at odd addresses, from each rank by turns."""
+    max_size, counts = SIZES[size]
+    with make_simulated(world, max_size=max_size) as ranks:
+        for number, count in enumerate(counts):
+            values = [x.view(torch.int32).clone() for x in inputs_of(world, count, torch.float32)]
+            for rank, value in enumerate(values):
+                value[rank % 3 :: 3] = -1
+            for turn, pieces in enumerate((values, [value.view(torch.uint8)[1:] for value in values])):
+                src = (number + turn) % world
+                for output in call_all(ranks, pieces, lambda x, name, src=src: ops.cfg_broadcast(x, src, name)):
+                    assert_bits_equal(output, pieces[src], f"{count} from {src}")
+        assert [rank.fault() for rank in ranks] == [""] * world
+
+
+def broadcasts_of_one(rank: SimulatedRank, count: int, ones: torch.Tensor) -> list[torch.Tensor]:
+    """Broadcasts of the call's number from one rank after the other, with a sum after every fifth."""
+    outputs = []
+    with torch.cuda.stream(rank.stream):
+        for number in range(count):
+            src = number // 3 % rank.world
+            sent = ones * (number if rank.rank == src else -1)
+            outputs.append(ops.cfg_broadcast(sent, src, rank.group_name))
+            if number % 5 == 4:
+                outputs.append(ops.all_reduce(ones, rank.group_name))
+    return outputs
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("elements", [24, 40_000, 300_000])
+def test_a_source_that_runs_ahead_overwrites_nothing(elements: int, late: int, world: int) -> None:
+    count, ones = 40, torch.ones(elements, device="cuda")
+    with make_simulated(world) as ranks:
+        for rank in ranks:
+            take_memory(rank, [ones.nbytes] * 3 * count)
+        torch.cuda.synchronize()
+        outputs = {}
+        for rank in sorted(ranks, key=lambda rank: rank.rank == late):
+            if rank.rank == late:
+                time.sleep(0.02)
+            outputs[rank.rank] = broadcasts_of_one(rank, count, ones)
+        torch.cuda.synchronize()
+        assert [rank.fault() for rank in ranks] == [""] * world
+        wanted = [[number] + [world] * (number % 5 == 4) for number in range(count)]
+        for rank, got in outputs.items():
+            assert [x.unique().tolist() for x in got] == [[float(x)] for each in wanted for x in each], rank
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_broadcast_that_misses_a_rank_fails_softly(missing: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of what needs more places than there are, and receivers, name the rank that did not come."""
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    with make_simulated(world) as ranks:
+        x = torch.ones(1_000_000, device="cuda")
+        present = [rank for rank in ranks if rank.rank != missing]
+        outputs = call_all(present, [x] * len(present), lambda x, name: ops.cfg_broadcast(x, 0, name))
+        for rank, output in zip(present, outputs, strict=True):
+            assert output[-1].isnan()
+            assert (
+                f"waited 0.5 s (SGL_COMM_TIMEOUT) for rank {missing}, which never came (cfg_broadcast" in rank.fault()
+            )
+    assert torch.ones(4, device="cuda").sum().item() == 4
+
+
+def overlapping(x: torch.Tensor) -> torch.Tensor:
+    return x[:1].expand(x.numel())
+
+
+@pytest.mark.parametrize("cfg", [ops.cfg_all_reduce_, lambda x, name: ops.cfg_broadcast_(x, 0, name)])
+def test_what_every_rank_refuses_leaves_the_group_as_it_was(cfg: Call) -> None:
+    x = torch.ones(1000, device="cuda")
+    with make_simulated(3) as ranks:
+        for refusals in range(1, 40):
+            for rank in ranks:
+                for _ in range(refusals % 3 + 1):
+                    with pytest.raises(RuntimeError, match="several elements share memory"):
+                        cfg(overlapping(x), rank.group_name)
+            assert all(output.eq(3).all() for output in call_all(ranks, [x] * 3, SUMS["all_reduce"]))
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "v1"])
+def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    x = torch.ones(1000, device="cuda")
+    with make_simulated(2) as ranks:
+        if name == "v1":
+            ops._v2_settle(ranks[0].group_name, False, "the test wants it so")
+            ops._v2_settle(ranks[1].group_name, False, "the test wants it so")
+        (first,) = call_all(ranks[1:], [x * 5], ops.cfg_all_reduce)
+        with pytest.raises(RuntimeError, match="several elements share memory"):
+            ops.cfg_all_reduce_(overlapping(x), ranks[0].group_name)
+        with pytest.raises(RuntimeError, match="rank 0 has refused a call that rank 1 has not"):
+            ops.all_reduce(x, ranks[0].group_name)
+        assert first.isnan().all()
+        assert "for rank 0, which never came" in ranks[1].fault()
+        with pytest.raises(RuntimeError, match="for rank 0, which never came"):
+            ops.all_reduce(x, ranks[1].group_name)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_refusals_of_different_calls_are_told_apart(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank refuses once; where one has made a call in between, that is no agreement."""
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    x = torch.ones(1000, device="cuda")
+
+    def refuse(rank: SimulatedRank) -> None:
+        with pytest.raises(RuntimeError, match="several elements share memory"):
+            ops.cfg_all_reduce_(overlapping(x), rank.group_name)
+
+    with make_simulated(2) as ranks:
+        refuse(ranks[0])
+        if apart:
+            call_all(ranks[1:], [x], ops.cfg_all_reduce)
+        refuse(ranks[1])
+        if not apart:
+            assert all(output.eq(2).all() for output in call_all(ranks, [x, x], ops.cfg_all_reduce))
+            return
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 0 has refused a call that rank 1 has not"):
+            ops.all_reduce(x, ranks[0].group_name)
+        assert time.monotonic() - start < 0.4, "known at once"
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("one_shot_bytes", [16, 1 << 30], ids=["two_shot", "one_shot"])
 def test_the_norm_has_the_bits_of_the_oracle(one_shot_bytes: int, dtype: torch.dtype, world: int) -> None:

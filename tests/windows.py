@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import sgl_comm
-from sgl_comm import reference, testing
+from sgl_comm import _fake, reference, testing
 from sgl_comm.testing import RankPool
 
 V2_ALGORITHMS = ("auto", "one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
-V2_OPS = (*V2_ALGORITHMS, "reduce_scatter", "all_gather", "norm")
+V2_OPS = (*V2_ALGORITHMS, "reduce_scatter", "all_gather", "broadcast", "norm")
 OPS = ("v1", *V2_OPS)
-"""Names of calls: V1, V2 by each algorithm, V2's halves, and the fused norm, of which the new residual is looked at."""
+"""Names of calls: V1, V2 by each algorithm, V2's halves, a broadcast, and the fused norm, of which the new residual is
+looked at."""
 
 SLACK = 1 << 15
 """Elements that a row is longer than the longest window: where windows may start."""
@@ -34,11 +35,18 @@ def call(op: str, x: Tensor, group_name: str) -> Tensor:
         return sgl_comm.ops.reduce_scatter(x, group_name)
     if op == "all_gather":
         return sgl_comm.ops.all_gather(x, group_name)
+    if op == "broadcast":
+        return sgl_comm.ops.cfg_broadcast(x, _source(x.numel(), _fake.world_sizes[group_name]), group_name)
     if op == "norm":
         rows = x.view(-1, _row_length(x.numel()))
         norm = sgl_comm.ops.tp_attn_all_reduce_and_layernorm
         return norm(rows, rows, rows[0], None, 1e-6, group_name=group_name)[1].view(-1)
     return sgl_comm.ops.custom_all_reduce_v2(x, group_name, op)
+
+
+def _source(count: int, world: int) -> int:
+    """Of a broadcast of so many elements."""
+    return count % world
 
 
 def _row_length(count: int) -> int:
@@ -92,6 +100,8 @@ class Rows:
         """What ``rank`` gets of a call with ``window(r, start, count)`` on each rank r."""
         if op == "all_gather":
             return reference.all_gather([self.window(r, start, count) for r in range(len(self._rows))])
+        if op == "broadcast":
+            return self.window(_source(count, len(self._rows)), start, count)
         if op == "reduce_scatter":
             share = count // len(self._rows)
             return self._sum[start + rank * share : start + (rank + 1) * share]
@@ -139,7 +149,7 @@ def differences(compared: Iterable[tuple[str, Tensor, Tensor]], most: int = 5) -
 
 def compared(op: str, label: str, got: Tensor, expected: Tensor) -> tuple[str, Tensor, Tensor]:
     """For ``differences``: bit for bit where nothing is summed."""
-    return (label, as_words(got), as_words(expected)) if op == "all_gather" else (label, got, expected)
+    return (label, as_words(got), as_words(expected)) if op in ("all_gather", "broadcast") else (label, got, expected)
 
 
 class Pools:

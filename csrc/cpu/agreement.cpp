@@ -1,10 +1,13 @@
 #include "cpu/agreement.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cstring>
 #include <sstream>
 
 #include "fallback.h"
+#include "text.h"
 
 namespace sgl_comm::cpu {
 
@@ -40,14 +43,28 @@ std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& 
   return texts;
 }
 
-void compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused) {
+std::string compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused) {
   const std::vector<std::string> texts = texts_of_ranks(op, group, (refused ? "refused, " : "") + text);
   const bool alike = std::all_of(texts.begin(), texts.end(), [&](const std::string& t) { return t == texts[0]; });
-  if (alike && !refused) return;
-  std::ostringstream list;
-  for (size_t r = 0; r < texts.size(); ++r) list << (r == 0 ? "" : "; ") << "rank " << r << ": " << texts[r];
-  fail("sgl_comm::", op, ": expected the same call on every rank, and none that is refused; got ", list.str(),
-       ". Nothing was sent (SGL_COMM_CHECK)");
+  if (alike && !refused) return "";
+  std::ostringstream reason;
+  reason << "sgl_comm::" << op << ": expected the same call on every rank, and none that is refused; got ";
+  for (size_t r = 0; r < texts.size(); ++r) reason << (r == 0 ? "" : "; ") << "rank " << r << ": " << texts[r];
+  reason << ". Nothing was sent (SGL_COMM_CHECK)";
+  return reason.str();
 }
 
+namespace {
+
+// For calls of other devices' tensors.
+std::string compare_calls_of(const Text& group_name, const Text& op, const Text& text, bool refused) {
+  return compare_calls(op.c_str(), groups().find(op.c_str(), group_name), text, refused);
+}
+
+}  // namespace
+
 }  // namespace sgl_comm::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
+  m.impl("_compare_calls", TORCH_BOX(&sgl_comm::cpu::compare_calls_of));
+}

@@ -1,11 +1,11 @@
-// Before a call is made: what this rank finds wrong with it and, where the group has SGL_COMM_CHECK, whether all ranks
-// are about to make the same.
+// Agreement on calls by way of shared memory, or of the group's own backend where there is none.
 #pragma once
 
-#include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "cfg_calls.h"
 #include "cpu/groups.h"
 
 namespace sgl_comm::cpu {
@@ -13,23 +13,21 @@ namespace sgl_comm::cpu {
 // Every rank's text, in rank order; a step of its own.
 std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& group, const std::string& text);
 
-// Throws on every rank unless all texts are alike and no call is refused; then nobody makes the call.
-void compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused);
+// Why nobody makes the call: the texts differ, or this rank or another refuses it. Empty if all are alike. Every rank's
+// answer is the same.
+std::string compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused);
 
-// `checks` refuse what this rank is given by throwing; describe() is the call in words, alike where the calls are. With
-// SGL_COMM_CHECK every rank learns of a refusal or a difference, and all are in step still. Without it a refusal is
-// counted (ShmCommunicator::count_refusal).
+// See agree(). Refusals are counted by ShmCommunicator::count_refusal.
 template <typename Checks, typename Describe>
 void agree_on_call(const char* op, const Groups::GroupPtr& group, Checks&& checks, Describe&& describe) {
-  const bool compare = group->compare_calls && group->world > 1;
-  try {
-    checks();
-  } catch (const std::exception& error) {
-    if (compare) compare_calls(op, group, error.what(), true);
+  const auto compare = [&](const std::string& text, bool refused) {
+    const std::string reason = compare_calls(op, group, text, refused);
+    if (!reason.empty()) fail(reason);
+  };
+  const auto count_refusal = [&] {
     if (group->communicator != nullptr) group->communicator->count_refusal();
-    throw;
-  }
-  if (__builtin_expect(compare, 0)) compare_calls(op, group, describe(), false);
+  };
+  agree(*group, std::forward<Checks>(checks), std::forward<Describe>(describe), compare, count_refusal);
 }
 
 }  // namespace sgl_comm::cpu

@@ -67,9 +67,11 @@ void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
     if (!source) torch::stable::copy_(input, sent);
     return;
   }
-  Tensor buffer = source ? row_major(input) : input.is_contiguous() ? input : empty_row_major(kOp, input);
-  broadcast(kOp, *group->communicator, src, buffer);
-  if (!source && !input.is_contiguous()) copy_back(buffer, input);
+  if (source) {
+    Tensor in = row_major(input);
+    return broadcast(kOp, *group->communicator, src, in);
+  }
+  overwrite(kOp, input, [&](Tensor& out) { broadcast(kOp, *group->communicator, src, out); });
 }
 
 }  // namespace

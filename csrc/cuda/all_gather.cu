@@ -19,15 +19,12 @@ constexpr const char* kOp = "all_gather";
 
 void push_all_gather(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   check_usable(kOp, comm, in);
-  const int64_t bytes = in.numel() * static_cast<int64_t>(in.element_size());
+  const int64_t bytes = num_bytes(in);
   if (bytes == 0) return;
   device::Message message{comm.view(), in.const_data_ptr(), out.mutable_data_ptr(), 0,
                           0,           packs_of(bytes),     device::kAllGather,     true};
-  const auto suits = [&](int64_t size) {
-    return aligned(message.in, size) && aligned(message.out, size) && bytes % size == 0;
-  };
-  const Unit unit = suits(device::kPackBytes) ? Unit::kPacks : suits(2) ? Unit::kBytePairs : Unit::kBytes;
-  message.shard_count = unit == Unit::kBytes ? bytes : bytes / 2;
+  const Unit unit = unit_for(message.in, message.out, bytes);
+  message.shard_count = count_of(unit, bytes);
   message.count = message.shard_count * comm.world();
 
   constexpr int64_t kRowBytes = device::kRowPacks * device::kPackBytes;

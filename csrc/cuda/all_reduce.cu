@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "cfg_calls.h"
+#include "cuda/agreement.h"
 #include "cuda/all_reduce.h"
 #include "cuda/all_reduce_pull.h"
 #include "cuda/all_reduce_push.h"
@@ -19,9 +21,13 @@ namespace {
 
 using GroupV2 = GroupsV2::GroupPtr;
 
-GroupV2 check(const char* op, const Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+void check_tensor(const char* op, const Tensor& input, const std::string& reduce_op) {
   check_input(op, input);
   fallback::check_reduce_op(op, reduce_op);
+}
+
+GroupV2 check(const char* op, const Tensor& input, const std::string& group_name, const std::string& reduce_op) {
+  check_tensor(op, input, reduce_op);
   return groups_v2().find(op, group_name);
 }
 
@@ -43,7 +49,7 @@ struct Kernels {
 Kernels kernels_for(const char* op, const GroupV2& group, const Tensor& input, const std::string& reduce_op) {
   Kernels kernels;
   if (reduce_op == "sum" && dtype_of(input.scalar_type()) != DType::kOther) {
-    const int64_t bytes = input.numel() * static_cast<int64_t>(input.element_size());
+    const int64_t bytes = num_bytes(input);
     const auto serves = [&](const auto* comm) { return comm != nullptr && bytes <= comm->thresholds().fallback_bytes; };
     if (group->communicator != nullptr) {
       if (serves(group->communicator.get())) kernels.push = group->communicator.get();
@@ -65,15 +71,14 @@ Tensor reduced(const char* op, const GroupV2& group, const Tensor& input, const 
   return out;
 }
 
-void reduce_in_place(const char* op, Tensor& input, const std::string& group_name, const std::string& reduce_op) {
-  const auto group = check(op, input, group_name, reduce_op);
+void reduce_in_place(const char* op, const GroupV2& group, Tensor& input, const std::string& reduce_op) {
   if (group->world == 1) return check_disjoint(op, input);
   const Kernels kernels = kernels_for(op, group, input, reduce_op);
   in_place(op, input, [&](Tensor& x) {
     if (kernels) {
       kernels.sum(op, x, x);
     } else {
-      torch::stable::copy_(x, fallback::all_reduce(op, x, group_name, reduce_op));
+      torch::stable::copy_(x, fallback::all_reduce(op, x, group->name, reduce_op));
     }
   });
 }
@@ -83,15 +88,28 @@ Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduc
 }
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
-  reduce_in_place("all_reduce_", input, group_name, reduce_op);
+  const auto group = check("all_reduce_", input, group_name, reduce_op);
+  reduce_in_place("all_reduce_", group, input, reduce_op);
 }
 
 Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
-  return reduced("cfg_all_reduce", check("cfg_all_reduce", input, group_name, reduce_op), input, reduce_op);
+  constexpr const char* kOp = "cfg_all_reduce";
+  const auto group = groups_v2().find(kOp, group_name);
+  agree_on_call(
+      kOp, group, input, [&] { check_tensor(kOp, input, reduce_op); },
+      [&] { return describe_cfg_all_reduce(input, reduce_op); });
+  return reduced(kOp, group, input, reduce_op);
 }
 
 void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
-  reduce_in_place("cfg_all_reduce_", input, group_name, reduce_op);
+  constexpr const char* kOp = "cfg_all_reduce_";
+  const auto group = groups_v2().find(kOp, group_name);
+  const auto checks = [&] {
+    check_tensor(kOp, input, reduce_op);
+    check_disjoint(kOp, input);
+  };
+  agree_on_call(kOp, group, input, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); });
+  reduce_in_place(kOp, group, input, reduce_op);
 }
 
 void check_dtype(const char* op, const Tensor& input) {
@@ -145,4 +163,10 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CUDA, m) {
   m.impl("cfg_all_reduce_", TORCH_BOX(&sgl_comm::cuda::cfg_all_reduce_));
   m.impl("custom_all_reduce_v1", TORCH_BOX(&sgl_comm::cuda::custom_all_reduce_v1));
   m.impl("custom_all_reduce_v2", TORCH_BOX(&sgl_comm::cuda::custom_all_reduce_v2));
+}
+
+// To be refused like others that the group cannot take, and counted.
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, SparseCUDA, m) {
+  m.impl("cfg_all_reduce", TORCH_BOX(&sgl_comm::cuda::cfg_all_reduce));
+  m.impl("cfg_all_reduce_", TORCH_BOX(&sgl_comm::cuda::cfg_all_reduce_));
 }

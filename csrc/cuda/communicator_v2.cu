@@ -1,6 +1,7 @@
 #include "check.h"
 #include "cuda/communicator_v2.h"
 #include "cuda/cuda_check.h"
+#include "cuda/device/broadcast.cuh"
 #include "cuda/push_kernels.h"
 
 namespace sgl_comm::cuda {
@@ -15,8 +16,9 @@ CommunicatorV2::CommunicatorV2(int rank, int world, int device, int64_t slot_byt
 
 CommunicatorHandle CommunicatorV2::publish() {
   const DeviceScope scope(device());
-  return DeviceCommunicator::publish(load_push_kernels(world()),
-                                     {device::kCreditsBytes, device::kBanks * bank_bytes()});
+  return DeviceCommunicator::publish(
+      load_push_kernels(world()),
+      {device::kCreditsBytes + device::kCountsBytes, device::kBanks * bank_bytes() + device::kBroadcastBytes});
 }
 
 }  // namespace sgl_comm::cuda

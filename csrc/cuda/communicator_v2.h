@@ -1,4 +1,5 @@
-// Storage for the push kernels: a workspace of three banks a rank (device/push.cuh says who writes them when).
+// Storage for the push kernels: a workspace of three banks a rank, and places for broadcasts (device/push.cuh and
+// device/broadcast.cuh say who writes them when).
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,7 @@ class CommunicatorV2 : public DeviceCommunicator {
   static constexpr const char* kWhat = "the push kernels do not serve";
   static constexpr int64_t kMinSlotBytes = 64 << 10, kMaxSlotBytes = 256 << 20;
 
-  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and a little, in blocks of 2
-  // MiB.
+  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and 2.4 MiB, in blocks of 2 MiB.
   CommunicatorV2(int rank, int world, int device, int64_t slot_bytes, Thresholds thresholds, double timeout_seconds,
                  uint64_t first_epoch);
 

@@ -33,6 +33,14 @@ class DeviceCommunicator {
   const Residency& limits() const { return limits_; }
   StreamOrder& order() { return order_; }
 
+  // Calls that this rank refused and its peers may have made: counted; and, before the next call, waited for until all
+  // ranks have refused as many, after as many calls, or the group has failed.
+  void count_refusal() { group_.count_refusal(); }
+  void settle_refusals() {
+    if (__builtin_expect(group_.refusals_pending(), 0)) group_.settle_refusals();
+  }
+  void count_call() { group_.count_call(); }
+
   // Set-up goes publish(), of the protocol; attach(), when the handles have gone round the group; settle().
   void settle() { group_.settle(); }
 

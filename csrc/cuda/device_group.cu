@@ -12,13 +12,15 @@ namespace sgl_comm::cuda {
 namespace {
 
 constexpr std::chrono::milliseconds kWatchInterval{100};
+constexpr std::chrono::microseconds kRefusalInterval{50};
 constexpr std::chrono::milliseconds kPatienceAtClose{1000};
 
 bool same_device(const cudaUUID_t& a, const cudaUUID_t& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 const char* name_of(device::Op op) {
-  constexpr const char* kNames[] = {"all_reduce", "reduce_scatter", "all_gather", "custom_all_reduce_v1",
-                                    "tp_attn_all_reduce_and_layernorm"};
+  constexpr const char* kNames[] = {
+      "all_reduce",   "reduce_scatter", "all_gather", "custom_all_reduce_v1", "tp_attn_all_reduce_and_layernorm",
+      "cfg_broadcast"};
   return kNames[op];
 }
 
@@ -148,11 +150,46 @@ void DeviceGroup::watch() {
   while (!watcher_wake_.wait_for(lock, kWatchInterval, [this] { return closing_; })) {
     for (int r = 0; r < world_; ++r) {
       if (segment_->peers().alive(r) || peer_states()[r].unmapped.load(std::memory_order_acquire) != 0) continue;
-      const device::AbortCode code{static_cast<uint32_t>(rank_), static_cast<uint32_t>(r), device::AbortCode::kDied};
-      reinterpret_cast<std::atomic<uint32_t>*>(&host_abort_->abort)->store(code.packed(), std::memory_order_release);
+      fail({static_cast<uint32_t>(rank_), static_cast<uint32_t>(r), device::AbortCode::kDied});
       return;
     }
   }
+}
+
+void DeviceGroup::fail(const device::AbortCode& code) {
+  reinterpret_cast<std::atomic<uint32_t>*>(&host_abort_->abort)->store(code.packed(), std::memory_order_release);
+}
+
+void DeviceGroup::count_refusal() {
+  std::lock_guard lock(refusals_mutex_);
+  last_refusal_ = {last_refusal_.number + 1, num_calls_.load()};
+  peer_states()[rank_].refusals[last_refusal_.number % PeerState::kKept].store(last_refusal_.packed(),
+                                                                               std::memory_order_release);
+  refusals_pending_.store(true, std::memory_order_release);
+}
+
+DeviceGroup::Answer DeviceGroup::answer_of(int peer, const Refusal& own) const {
+  const uint64_t told = peer_states()[peer].refusals[own.number % PeerState::kKept].load(std::memory_order_acquire);
+  if (told == own.packed()) return Answer::kRefused;
+  return told >> Refusal::kCallBits < own.number ? Answer::kNotYet : Answer::kAnother;
+}
+
+void DeviceGroup::settle_refusals() {
+  std::lock_guard lock(refusals_mutex_);
+  if (!refusals_pending()) return;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_);
+  for (int r = 0; r < world_; ++r) {
+    Answer answer{};
+    while (!failed() && (answer = answer_of(r, last_refusal_)) == Answer::kNotYet) {
+      if (std::chrono::steady_clock::now() >= deadline) break;
+      std::this_thread::sleep_for(kRefusalInterval);
+    }
+    if (failed()) return;
+    if (answer != Answer::kRefused) {
+      return fail({static_cast<uint32_t>(rank_), static_cast<uint32_t>(r), device::AbortCode::kRefused});
+    }
+  }
+  refusals_pending_.store(false, std::memory_order_release);
 }
 
 std::string DeviceGroup::fault() const {
@@ -168,6 +205,9 @@ std::string DeviceGroup::fault() const {
     case device::AbortCode::kOverlap:
       text << "two calls ran at once on rank " << code.rank
            << " (two CUDA graphs, or a graph and an eager call, on two streams); expected one after the other";
+      break;
+    case device::AbortCode::kRefused:
+      text << "rank " << code.rank << " has refused a call that rank " << code.peer << " has not";
       break;
     case device::AbortCode::kUnregistered:
       text << "rank " << code.rank << " replayed a CUDA graph before its inputs were registered; expected capture() to"

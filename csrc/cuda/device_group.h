@@ -1,8 +1,9 @@
 // A group of ranks on GPUs of one host: this rank's workspace, the peers' workspaces, and the way a failure reaches the
 // host. What lies in a workspace behind its Control is its communicator's business.
 //
-// Who writes what, when: device/view.cuh for the control words. The host writes HostAbort (the watcher thread, when a
-// peer's process dies) and the segment's `unmapped` (when this rank has closed its mappings); it reads Fault. A
+// Who writes what, when: device/view.cuh for the control words. The host writes HostAbort (when a peer's process
+// dies, or ranks have not refused the same calls), the segment's `refusals`, and its `unmapped` (when this rank has
+// closed its mappings); it reads Fault. A
 // workspace is freed only when every peer has unmapped it or is dead.
 #pragma once
 
@@ -55,10 +56,28 @@ class DeviceGroup {
   }
   std::string fault() const;
 
+  // A call that this rank alone refused would leave it one call ahead of its peers, whose data a later call of its own
+  // would meet. So each rank tells the others after how many calls it has refused one, in host memory; and a rank that
+  // has refused makes its next call when every peer has done so too, or fails the group, at the deadline at the latest.
+  void count_call() { num_calls_.fetch_add(1, std::memory_order_relaxed); }
+  void count_refusal();
+  bool refusals_pending() const { return refusals_pending_.load(std::memory_order_acquire); }
+  void settle_refusals();
+
  private:
+  // The last refusals of a rank, the k-th at k % kKept. A peer that is far ahead has settled those before.
   struct PeerState {
+    static constexpr uint64_t kKept = 16;
     std::atomic<uint32_t> unmapped;
+    std::atomic<uint64_t> refusals[kKept];
   };
+  struct Refusal {
+    static constexpr int kCallBits = 40;
+    uint64_t number, calls;  // from 1 on; how many calls this rank had made
+    uint64_t packed() const { return number << kCallBits | (calls & ((uint64_t{1} << kCallBits) - 1)); }
+  };
+  enum class Answer { kRefused, kNotYet, kAnother };
+  Answer answer_of(int peer, const Refusal& own) const;
   // A workspace that may still be open at a peer.
   struct Retired {
     std::unique_ptr<Workspace> workspace;
@@ -68,6 +87,7 @@ class DeviceGroup {
     bool may_be_freed() const;
   };
 
+  void fail(const device::AbortCode& code);
   PeerState* peer_states() const { return reinterpret_cast<PeerState*>(segment_->data()); }
   void watch();
   static void free_retired(bool wait);
@@ -85,6 +105,10 @@ class DeviceGroup {
   device::HostAbort* host_abort_ = nullptr;
   device::GroupView view_{};
   int most_on_a_device_ = 1;
+  std::atomic<uint64_t> num_calls_{0};
+  std::mutex refusals_mutex_;
+  Refusal last_refusal_{};
+  std::atomic<bool> refusals_pending_{false};
   std::thread watcher_;
   std::mutex watcher_mutex_;
   std::condition_variable watcher_wake_;

@@ -1,3 +1,5 @@
+// The kernels that move bits: those of device/gather.cuh, and of device/broadcast.cuh.
+#include "cuda/device/broadcast.cuh"
 #include "cuda/device/gather.cuh"
 #include "cuda/push_kernels.h"
 
@@ -18,6 +20,17 @@ PushKernel gather_kernel(Unit unit, int world, bool ring) {
                     : device::gather_kernel<device::Bytes, kWorld, false>;
     }
   });
+}
+
+BroadcastKernel broadcast_kernel(Unit unit) {
+  switch (unit) {
+    case Unit::kPacks:
+      return device::broadcast_kernel<device::BytePairs, true>;
+    case Unit::kBytePairs:
+      return device::broadcast_kernel<device::BytePairs, false>;
+    default:
+      return device::broadcast_kernel<device::Bytes, false>;
+  }
 }
 
 }  // namespace sgl_comm::cuda

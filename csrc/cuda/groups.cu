@@ -62,8 +62,8 @@ void v1_open(const Text& name, int64_t rank, int64_t world) {
   groups_v1().open(name, static_cast<int>(rank), static_cast<int>(world));
 }
 
-void v2_open(const Text& name, int64_t rank, int64_t world, const Text& backend) {
-  groups_v2().open(name, static_cast<int>(rank), static_cast<int>(world), backend);
+void v2_open(const Text& name, int64_t rank, int64_t world, const Text& backend, bool compare_calls) {
+  groups_v2().open(name, static_cast<int>(rank), static_cast<int>(world), backend, compare_calls);
 }
 
 // By which algorithm a message of so many bytes goes.

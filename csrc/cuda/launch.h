@@ -21,13 +21,21 @@ inline void check_input(const char* op, const Tensor& input) {
 }
 
 template <typename Communicator>
-void check_usable(const char* op, const Communicator& comm, const Tensor& input) {
-  SGL_CHECK(!comm.failed(), op, ": rank ", comm.rank(), ": ", comm.fault());
+void check_on_device(const char* op, const Communicator& comm, const Tensor& input) {
   SGL_CHECK(input.get_device_index() == comm.device(), op, ": got ", describe(input), ":", input.get_device_index(),
             "; expected device cuda:", comm.device(), ", which the group was initialised with");
 }
 
-inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+// Waits where this rank has refused calls, until its peers have too.
+template <typename Communicator>
+void check_usable(const char* op, Communicator& comm, const Tensor& input) {
+  check_on_device(op, comm, input);
+  comm.settle_refusals();
+  SGL_CHECK(!comm.failed(), op, ": rank ", comm.rank(), ": ", comm.fault());
+}
+
+inline uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+inline bool aligned(const void* pointer, size_t bytes) { return address_of(pointer) % bytes == 0; }
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
@@ -66,6 +74,7 @@ void launch_in_order(const char* op, Communicator& comm, void (*kernel)(Message)
   const cudaStream_t stream = current_stream(comm.device());
   const auto turn = comm.order().next(op, stream);
   launch(op, kernel, shape, stream, early && turn.same_stream && comm.limits().dependent_launch, message);
+  comm.count_call();
 }
 
 }  // namespace sgl_comm::cuda

@@ -28,6 +28,7 @@ Residency load_push_kernels(int world) {
   load_norm_kernels();
   for (const Unit unit : {Unit::kPacks, Unit::kBytePairs, Unit::kBytes}) {
     for (const bool ring : {true, false}) add(ring ? Kind::kRing : Kind::kGather, gather_kernel(unit, world, ring));
+    residency.add(Kind::kBroadcast, reinterpret_cast<const void*>(broadcast_kernel(unit)));
   }
   return residency;
 }

@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "cuda/device/all_reduce_layernorm.cuh"
+#include "cuda/device/broadcast.cuh"
+#include "cuda/launch.h"
 #include "cuda/residency.h"
 #include "dispatch.h"
 
@@ -11,8 +13,15 @@ namespace sgl_comm::cuda {
 
 using PushKernel = void (*)(device::Message);
 
-// What an all-gather moves: packs where everything is aligned, else pairs of bytes or bytes.
+// What is moved bit for bit: packs where everything is aligned, else pairs of bytes or bytes.
 enum class Unit { kPacks, kBytePairs, kBytes };
+// For tensors of so many bytes; null is aligned to anything.
+inline Unit unit_for(const void* in, const void* out, int64_t bytes) {
+  const auto suits = [&](int64_t size) { return (address_of(in) | address_of(out) | bytes) % size == 0; };
+  return suits(device::kPackBytes) ? Unit::kPacks : suits(2) ? Unit::kBytePairs : Unit::kBytes;
+}
+// How many of what such a kernel counts: of its Bits.
+inline int64_t count_of(Unit unit, int64_t bytes) { return unit == Unit::kBytes ? bytes : bytes / 2; }
 
 // How often a thread of a one-shot takes a pack: once, as often as it has to, or in tiles through a ring.
 enum class Rounds { kOne, kMany, kRing };
@@ -23,6 +32,8 @@ PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds);
 PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel gather_kernel(Unit unit, int world, bool ring);
+using BroadcastKernel = void (*)(device::BroadcastMessage);
+BroadcastKernel broadcast_kernel(Unit unit);
 
 // How many rows a block or cluster of a fused launch has: one, or several, one- or two-shot.
 enum class FusedRows { kOne, kMany, kManyTwoShot };

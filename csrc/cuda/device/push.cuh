@@ -28,17 +28,20 @@ struct PushView {
   uint32_t bank_bytes;  // what a launch leaves full is counted in packs, of which a word holds 2^30
 };
 
-// Between the Control and the banks: the words in which peers tell the blocks of a ring (ring.cuh) of emptied places.
+// Between the Control and the banks. The words in which peers tell the blocks of a ring (ring.cuh) of emptied places.
 // Each has a sector of its own: with four in one, large messages took a third longer.
 constexpr int kMostRingBlocks = 256, kCreditBytes = 32;
 constexpr int64_t kCreditsBytes = (kMaxRanks - 1) * kMostRingBlocks * kCreditBytes;
+// And those in which ranks tell each other's blocks how far a broadcast (broadcast.cuh) is, for each block and rank.
+constexpr int kMostBroadcastBlocks = 64;
+constexpr int64_t kCountsBytes = int64_t{kMaxRanks} * kMostBroadcastBlocks * kCreditBytes;
 
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
 __device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {
   return uint64_t{bank} * view.bank_bytes;
 }
 __device__ __forceinline__ uint8_t* banks_of(const PushView& view, int rank) {
-  return view.group.workspace[rank] + kControlBytes + kCreditsBytes;
+  return view.group.workspace[rank] + kControlBytes + kCreditsBytes + kCountsBytes;
 }
 
 // A rank sends itself nothing: the peers of rank `receiver`, in order.
@@ -53,6 +56,15 @@ __host__ __device__ __forceinline__ int sender_at(int place, int receiver) {
 __device__ __forceinline__ unsigned long long* credit_of(const PushView& view, int rank, int place) {
   return reinterpret_cast<unsigned long long*>(view.group.workspace[rank] + kControlBytes +
                                                (place * kMostRingBlocks + blockIdx.x) * kCreditBytes);
+}
+
+// What rank `whose` tells rank `rank`'s block of this number; and where the places of broadcasts begin there.
+__device__ __forceinline__ unsigned long long* count_of(const PushView& view, int rank, int whose) {
+  return reinterpret_cast<unsigned long long*>(view.group.workspace[rank] + kControlBytes + kCreditsBytes +
+                                               (whose * kMostBroadcastBlocks + blockIdx.x) * kCreditBytes);
+}
+__device__ __forceinline__ uint8_t* broadcast_places_of(const PushView& view, int rank) {
+  return banks_of(view, rank) + bank_offset(view, kBanks);
 }
 
 // Empties what the previous launch left full: pack `first`, `first + stride`, ...; together all of it.

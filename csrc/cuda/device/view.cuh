@@ -48,6 +48,10 @@ struct Baton {
     const uint32_t third = 3 - bank - previous_bank;
     return {packs_to_empty == 0 ? previous_bank : third, bank, packs, last_bits(epoch + 1)};
   }
+  // For the launch after one that had this baton and has not touched the banks.
+  __host__ __device__ constexpr Baton passed_on() const {
+    return {bank, previous_bank, packs_to_empty, last_bits(epoch + 1)};
+  }
   static __host__ __device__ constexpr uint32_t last_bits(uint64_t epoch) {
     return static_cast<uint32_t>(epoch) & ((1u << kEpochBits) - 1);
   }
@@ -58,7 +62,7 @@ constexpr int64_t kControlBytes = 4096;
 
 // Why a group has failed: what rank `rank` saw, of rank `peer`.
 struct AbortCode {
-  enum Kind : uint32_t { kTimeout, kDied, kOverlap, kUnregistered };
+  enum Kind : uint32_t { kTimeout, kDied, kOverlap, kUnregistered, kRefused };
   uint32_t rank, peer, kind;
   __host__ __device__ constexpr uint32_t packed() const { return 0x80000000u | kind << 16 | rank << 8 | peer; }
   static __host__ __device__ constexpr AbortCode unpacked(uint32_t word) {
@@ -67,7 +71,7 @@ struct AbortCode {
 };
 
 // What a launch is, for the words of an error.
-enum Op : uint32_t { kAllReduce, kReduceScatter, kAllGather, kCustomAllReduceV1, kAllReduceLayerNorm };
+enum Op : uint32_t { kAllReduce, kReduceScatter, kAllGather, kCustomAllReduceV1, kAllReduceLayerNorm, kBroadcast };
 
 // In host memory, written by the GPU once: what this rank's host reads of a failure.
 struct Fault {
@@ -78,7 +82,8 @@ struct Fault {
   unsigned long long epoch;
 };
 
-// In host memory, written by the host's watcher: a packed AbortCode when a peer's process has died, else 0.
+// In host memory, written by the host: a packed AbortCode when a peer's process has died, or the ranks have not refused
+// the same calls; else 0.
 struct HostAbort {
   uint32_t abort;
 };

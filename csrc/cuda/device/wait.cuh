@@ -63,10 +63,10 @@ struct Entry {
   Ending ending;
 };
 
-// Once a block, after read_start<kShared>(). Needs all threads. `packs` is how many of its bank the launch will leave
-// full.
-template <bool kShared>
-__device__ __forceinline__ Entry enter(const GroupView& group, const Start& start, uint32_t packs) {
+// Once a block, after read_start<kShared>(). Needs all threads. next_baton(baton) is what the launch leaves to the
+// next.
+template <bool kShared, typename NextBaton>
+__device__ __forceinline__ Entry enter_with(const GroupView& group, const Start& start, NextBaton&& next_baton) {
   if (!kShared) __syncthreads();  // all have read the start
   // Not set in other threads: the first would then wait for its addition's answer.
   Entry entry;
@@ -76,9 +76,15 @@ __device__ __forceinline__ Entry enter(const GroupView& group, const Start& star
     Control* const own = control_of(group, group.rank);
     entry.before = atomicAdd(&own->started, addition);
     entry.ending = {own, start.epoch() * kEpoch, ptx::in_register(blockIdx.x == 0 ? others : all - 1), all - addition,
-                    ptx::in_register(Baton::unpacked(start.baton).next(packs).packed())};
+                    ptx::in_register(next_baton(Baton::unpacked(start.baton)).packed())};
   }
   return entry;
+}
+
+// The same of a launch that takes a bank and will leave so many of its packs full.
+template <bool kShared>
+__device__ __forceinline__ Entry enter(const GroupView& group, const Start& start, uint32_t packs) {
+  return enter_with<kShared>(group, start, [&](const Baton& baton) { return baton.next(packs); });
 }
 
 // Marks the group as failed: here, at every peer, and in the host's memory.

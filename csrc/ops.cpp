@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
   m.def("_shm_fault(str group_name) -> str");
+  m.def("_ledger(str group_name) -> Tensor");
   m.def("_layout_copies() -> int");
   m.def("_compare_calls(str group_name, str op, str text, bool refused) -> str");
   m.def("_cuda_link(int device, int peer) -> int");
@@ -46,7 +47,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_v2_close(str group_name) -> ()");
   m.def(
       "_v2_publish(str group_name, int device, int max_size, int one_shot_bytes, int ring_bytes, int fallback_bytes,"
-      " float timeout, int first_epoch) -> Tensor");
+      " float timeout, int first_epoch, Tensor ledger) -> Tensor");
   m.def("_v2_attach(str group_name, Tensor handles) -> str");
   m.def("_v2_settle(str group_name, bool agreed, str reason) -> ()");
   m.def("_v2_fault(str group_name) -> str");
@@ -55,7 +56,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_v1_close(str group_name) -> ()");
   m.def(
       "_v1_publish(str group_name, int device, int max_size, int one_shot_bytes, int ring_bytes, int fallback_bytes,"
-      " float timeout, int first_epoch) -> Tensor");
+      " float timeout, int first_epoch, Tensor ledger) -> Tensor");
   m.def("_v1_attach(str group_name, Tensor handles) -> str");
   m.def("_v1_settle(str group_name, bool agreed, str reason) -> ()");
   m.def("_v1_fault(str group_name) -> str");

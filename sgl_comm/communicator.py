@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgl_comm import _library, capability
+from sgl_comm import _library, capability, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import as_device
 from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
@@ -41,9 +41,9 @@ def init(
         group: a ``torch.distributed`` group (gloo or NCCL) that this process is in; None for the default group.
         device: where most tensors will be: "cpu", or this rank's GPU ("cuda", "cuda:1", 1). None takes the current
             GPU if the group's backend is NCCL, else the CPU. CPU tensors are served either way.
-        max_size: bounds the GPU workspace of the push kernels to 3 * (world - 1) * max_size bytes a rank and a little,
+        max_size: bounds the GPU workspace of the push kernels to 3 * (world - 1) * max_size bytes a rank and 4.5 MiB,
             and nothing else: larger messages pass through it in pieces. A multiple of 65536. By default 8 MiB, or as
-            much less as keeps the workspace at 48 MiB; the pull kernels' takes up to 14 MiB more.
+            much less as keeps the workspace at 52 MiB; the pull kernels' takes up to 14 MiB more.
 
     Returns:
         The group's ``Communicator``; also a context manager.
@@ -83,7 +83,7 @@ class Communicator:
                 self._v2 = CustomAllReduceV2(link.group, self.device, max_size, found=found)
                 self._v1 = CustomAllReduceV1(link.group, self.device, found=found)
             elif not _library.cuda_missing:  # a CUDA tensor takes the fallback
-                _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"))
+                _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"), envs.check())
                 _ops._v2_settle(link.name, False, "the group was initialised with device='cpu'")
         except BaseException:
             self._close_all()

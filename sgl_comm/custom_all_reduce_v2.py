@@ -12,23 +12,23 @@ _ops = torch.ops.sgl_comm
 
 _BANKS = 3
 _MOST_MAX_SIZE = 8 << 20
-_MOST_WORKSPACE = (48 << 20) - (64 << 10)
-"""Bytes of a rank's banks by default; with control words and credits this makes 48 MiB, and 64 MiB with V1's."""
+_MOST_IN_BANKS = (52 << 20) - (4608 << 10)
+"""Bytes of a rank by default; with what broadcasts and control words take this makes 52 MiB, and 66 MiB with V1's."""
 
 
 def default_max_size(world: int) -> int:
-    """Bytes: 8 MiB, or as much less as keeps the workspace at 48 MiB (world 8: 2.25 MiB)."""
-    fitting = _MOST_WORKSPACE // (_BANKS * (world - 1)) // MIN_MAX_SIZE * MIN_MAX_SIZE
+    """Bytes: 8 MiB, or as much less as keeps the workspace at 52 MiB (world 8: 2.25 MiB)."""
+    fitting = _MOST_IN_BANKS // (_BANKS * (world - 1)) // MIN_MAX_SIZE * MIN_MAX_SIZE
     return min(_MOST_MAX_SIZE, fitting)
 
 
 class CustomAllReduceV2(GpuAllReduce):
     """Push. Owns a group's place in the CUDA library and, where the kernels can serve it, this rank's workspace.
 
-    The workspace is one ``cudaMalloc`` of 3 * (world - 1) * max_size bytes and a little, rounded up to 2 MiB, shared by
-    CUDA IPC and opened by each peer once. The user's own tensors are never shared. ``max_size`` bounds the workspace
-    alone: larger messages pass through it in pieces. By default it is 8 MiB, or less from three ranks on (at most 48
-    MiB a rank).
+    The workspace is one ``cudaMalloc`` of 3 * (world - 1) * max_size bytes and 4.5 MiB at most for broadcasts and
+    control words, rounded up to 2 MiB, shared by CUDA IPC and opened by each peer once. The user's own tensors are
+    never shared. ``max_size`` bounds the workspace alone: larger messages pass through it in pieces. By default it is 8
+    MiB, or less from three ranks on (at most 52 MiB a rank).
 
     The arguments and errors are those of ``GpuAllReduce``.
     """

@@ -106,6 +106,7 @@ class GpuAllReduce:
             *dataclasses.astuple(self.thresholds),
             envs.timeout_seconds(),
             envs.first_epoch(),
+            _ops._ledger(link.name),
         )
         return link.agree(self._op("attach")(link.name, link.all_gather(mine)))
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from sgl_comm import _fake, envs
 from sgl_comm import ops as sgl_ops
 from sgl_comm.capability import SUPPORTED_DTYPES, why_not_world_size
-from sgl_comm.errors import why_not
+from sgl_comm.errors import SglCommError, why_not
 from sgl_comm.rendezvous import Rendezvous, shared_status
 
 _ops = torch.ops.sgl_comm
@@ -37,7 +37,7 @@ class ShmAllReduce:
         max_size: accepted for the protocol's sake; every size is served.
 
     Raises:
-        SglCommError: the group already has a communicator.
+        SglCommError: the group already has a communicator; or its ranks are to compare calls and have no way to.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class ShmAllReduce:
             link.refuse_together(problem)
             link.must_be_alike(f"{envs.CHECK.name} of", str(int(envs.check())))
             self.reason = why_not_world_size(link.world) or self._set_up(link)
+            if envs.check() and self.reason and link.backend_for("cpu") == "none":
+                raise SglCommError(
+                    f"init: got {envs.CHECK.name}=1 and a group that cannot pass CPU tensors ({self.reason}; no gloo):"
+                    " expected shared memory or gloo, by which ranks compare their calls"
+                )
             _ops._shm_settle(link.name, not self.reason)
             _fake.world_sizes[link.name] = link.world
         except BaseException:

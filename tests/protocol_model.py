@@ -263,7 +263,7 @@ def _emptying(
 
 
 def broadcast(source: int = 0) -> Kind:
-    """One rank pushes and waits for nobody: what must not be in a sequence without an acknowledgement."""
+    """One rank pushes and waits for nobody: what must have no part in the banks (test_broadcast_protocol.py)."""
 
     def program(rank: int, world: int) -> list[Op]:
         if rank == source:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from cases import error_text, group_without_shared_memory
+from cases import error_text, group_without_shared_memory, ranks_on
 from torch import Tensor
 
 import sgl_comm
@@ -16,9 +16,10 @@ from sgl_comm.testing import RankContext, RankPool
 ops = sgl_comm.ops
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"cpu-{world}")
+@pytest.fixture(scope="module", params=[*ranks_on("cpu", (2, 3)), *ranks_on("cuda", (2, 3))])
 def checking(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param, env={"SGL_COMM_CHECK": "1", "SGL_COMM_TIMEOUT": "20"}) as pool:
+    env = {"SGL_COMM_CHECK": "1", "SGL_COMM_TIMEOUT": "20"}
+    with RankPool(request.param.world, request.param.device, env=env) as pool:
         yield pool
 
 
@@ -30,27 +31,29 @@ CALLS: dict[str, Callable[[Tensor, str], object]] = {
 }
 
 
-def odd_calls(name: str, call: str) -> dict[str, tuple[Callable[[], object], str]]:
+def odd_calls(device: torch.device, name: str, call: str) -> dict[str, tuple[Callable[[], object], str]]:
     """What rank 1 does where the others call with float32[2, 3]: and words of its line in every rank's error."""
-    own, x = CALLS[call], torch.ones(2, 3)
+    own, x, on = CALLS[call], torch.ones(2, 3, device=device), f"on {device.type}"
     words = {"all_reduce": ("cfg_all_reduce of ", ", sum"), "broadcast": ("cfg_broadcast of ", " from rank 0")}
     begin, end = words[call.rstrip("_")]
     other = "broadcast" if call.startswith("all_reduce") else "all_reduce"
     odd: dict[str, tuple[Callable[[], object], str]] = {
-        "shape": (lambda: own(torch.ones(3, 2), name), f"{begin}Float[3, 2] on cpu{end}"),
-        "dimensions": (lambda: own(torch.ones(6), name), f"{begin}Float[6] on cpu{end}"),
-        "dtype": (lambda: own(x.bfloat16(), name), f"{begin}BFloat16[2, 3] on cpu{end}"),
-        "op": (lambda: CALLS[other](x, name), f"cfg_{other} of Float[2, 3] on cpu"),
-        "grad": (lambda: own(x.clone().requires_grad_(), name), "Float[2, 3] on cpu that requires grad"),
+        "shape": (lambda: own(x.view(3, 2), name), f"{begin}Float[3, 2] {on}{end}"),
+        "dimensions": (lambda: own(x.view(6), name), f"{begin}Float[6] {on}{end}"),
+        "dtype": (lambda: own(x.bfloat16(), name), f"{begin}BFloat16[2, 3] {on}{end}"),
+        "op": (lambda: CALLS[other](x, name), f"cfg_{other} of Float[2, 3] {on}"),
+        "grad": (lambda: own(x.clone().requires_grad_(), name), f"Float[2, 3] {on} that requires grad"),
         "sparse": (lambda: CALLS[call.rstrip("_")](x.to_sparse(), name), "got a tensor without strides"),
     }
+    if device.type == "cuda":
+        odd["device"] = (lambda: own(x.cpu(), name), f"{begin}Float[2, 3] on cpu{end}")
     if call.endswith("_"):
-        odd["overlap"] = (lambda: own(torch.ones(1, 3).expand(2, 3), name), "in which several elements share memory")
+        odd["overlap"] = (lambda: own(x[:1].expand(2, 3), name), "in which several elements share memory")
     if call.startswith("broadcast"):
-        odd["src"] = (lambda: ops.cfg_broadcast(x, 1, name), "cfg_broadcast of Float[2, 3] on cpu from rank 1")
+        odd["src"] = (lambda: ops.cfg_broadcast(x, 1, name), f"cfg_broadcast of Float[2, 3] {on} from rank 1")
         odd["no such src"] = (lambda: ops.cfg_broadcast(x, 9, name), "got src 9; expected a rank of the group, 0 to")
     else:
-        odd["reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "max"), "cfg_all_reduce of Float[2, 3] on cpu, max")
+        odd["reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "max"), f"cfg_all_reduce of Float[2, 3] {on}, max")
         odd["no such reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "mean"), "got reduce_op 'mean'")
     return odd
 
@@ -59,8 +62,8 @@ def errors_of(ctx: RankContext, name: str) -> list[str]:
     """What is wrong with the errors that every rank gets, and with the calls that follow."""
     wrong = []
     for call, own in CALLS.items():
-        for what, (odd, words) in odd_calls(name, call).items():
-            x = torch.ones(2, 3)
+        for what, (odd, words) in odd_calls(ctx.device, name, call).items():
+            x = torch.ones(2, 3, device=ctx.device)
             text = error_text(odd if ctx.rank == 1 else lambda own=own, x=x: own(x, name))
             begin = "sgl_comm::cfg_"
             told = ": expected the same call on every rank, and none that is refused; got rank 0: cfg_"
@@ -76,10 +79,11 @@ def errors_of(ctx: RankContext, name: str) -> list[str]:
 
 def works(ctx: RankContext, name: str, label: str) -> list[str]:
     """Whether calls work, of layouts that differ and in place on one rank alone: neither is a difference."""
-    x = torch.ones(3, 2).t() if ctx.rank == 0 else torch.ones(2, 3)
+    x = torch.ones(6, device=ctx.device).view(3, 2)
+    x = x.t() if ctx.rank == 0 else x.view(2, 3)
     total = ops.cfg_all_reduce(x, name)
     sent = ops.cfg_broadcast(x * ctx.rank, ctx.world - 1, name)
-    y = torch.full((4,), float(ctx.rank))
+    y = torch.full((4,), float(ctx.rank), device=ctx.device)
     if ctx.rank == 0:
         ops.cfg_broadcast_(y, 1, name)
     else:
@@ -99,18 +103,22 @@ def by_the_own_backend(ctx: RankContext) -> list[str]:
 
 def refused_by_all(ctx: RankContext) -> str:
     name = ctx.group.group_name
-    text = error_text(lambda: ops.cfg_all_reduce_(torch.ones(1, 3).expand(2, 3), name))
+    text = error_text(lambda: ops.cfg_all_reduce_(torch.ones(1, 3, device=ctx.device).expand(2, 3), name))
     assert not works(ctx, name, "")
     return text
 
 
 def differing_settings(ctx: RankContext) -> list[str]:
-    """Of init, where rank 1 alone has another value, and where it has a bad one; then a group works."""
+    """Of init, where rank 1 alone has another value or a bad one, and where nothing can compare; then a group works."""
     group, texts = dist.new_group(list(range(ctx.world))), []
     for value in ("1", "yes"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SGL_COMM_CHECK", value if ctx.rank == 1 else "0")
             texts.append(error_text(lambda: sgl_comm.init(group)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+        patch.setattr("sgl_comm.rendezvous.Rendezvous.backend_for", lambda link, device_type: "none")
+        texts.append(error_text(lambda: sgl_comm.init(group)))
     with sgl_comm.init(group) as comm:
         assert comm.cfg_all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
     dist.destroy_process_group(group)
@@ -138,15 +146,14 @@ def test_the_same_by_the_own_backend(checking: RankPool) -> None:
 
 def test_what_every_rank_refuses_is_told_as_theirs(checking: RankPool) -> None:
     for text in checking.run(refused_by_all, deadline=60):
-        assert text.count("refused, sgl_comm::cfg_all_reduce_: got Float[2, 3] on cpu in which several") == len(
-            text.split("; rank ")
-        )
+        assert text.count("refused, sgl_comm::cfg_all_reduce_: got Float[2, 3] on ") == len(text.split("; rank "))
 
 
 def test_the_setting_must_be_alike_and_known(checking: RankPool) -> None:
-    for rank, (differs, bad) in enumerate(checking.run(differing_settings, deadline=60)):
+    for rank, (differs, bad, without) in enumerate(checking.run(differing_settings, deadline=60)):
         assert differs.startswith("init: got SGL_COMM_CHECK of 0, 1")
         problem = "got SGL_COMM_CHECK='yes'; expected 0 or 1"
+        assert without.startswith("init: got SGL_COMM_CHECK=1 and a group that cannot pass CPU tensors")
         assert bad == (f"init: {problem}" if rank == 1 else f"init: rank 1: {problem}")
 
 

@@ -12,15 +12,18 @@ from cases import (
     DTYPES,
     CfgAllReduce,
     Ranks,
+    capturing,
     differs,
     error_text,
     group_without_shared_memory,
     layouts_of_ranks,
+    meet,
     name_of,
     random_values,
     ranks_on,
     run_calls,
 )
+from graph_nodes import node_names
 from torch import Tensor
 
 import sgl_comm
@@ -103,35 +106,29 @@ def refusals(ctx: RankContext) -> dict[str, str]:
     return texts
 
 
-def errors_where_rank_0_refuses(ctx: RankContext) -> list[str]:
-    """Rank 0 passes a tensor that overlaps itself, the others a good one of the same shape; then all sum that again."""
+def errors_where_rank_0_differs(ctx: RankContext, how: str) -> list[str]:
+    """Every rank sums ones and then thousands, but rank 0 passes another tensor first: of the same shape and dtype, on
+    the other device or overlapping itself. Returns each call's error, one of a third call, and sums that are wrong.
+    """
     group = dist.new_group(list(range(ctx.world)))
-    with sgl_comm.init(group) as comm:
-        x = torch.ones(1).expand(1000) if ctx.rank == 0 else torch.ones(1000)
-        texts = [
-            error_text(lambda: comm.cfg_all_reduce_(x)),
-            error_text(lambda: comm.cfg_all_reduce_(torch.ones(1000))),
-        ]
-        dist.barrier(ctx.group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGL_COMM_TIMEOUT", "1")
+        comm = sgl_comm.init(group, ctx.device)
+    device = torch.device("cpu") if how == "cuda" else ctx.device
+    tensors = [torch.full((1000,), value, device=device) for value in (1.0, 1000.0)]
+    passed = list(tensors)
+    if ctx.rank == 0:
+        passed[0] = passed[0].to(how) if how in ("cpu", "cuda") else passed[0][:1].expand(1000)
+    texts = [error_text(lambda x=x: comm.cfg_all_reduce_(x)) for x in passed]
+    meet(ctx)
+    texts.append(error_text(lambda: comm.cfg_all_reduce(tensors[1])))
+    for x, value in zip(passed, (1.0, 1000.0), strict=True):
+        left = {number for number in x.tolist() if number == number} - {value}
+        texts += [f"got {left} for {value}"] if left else []
+    dist.barrier(ctx.group)
+    comm.close()
     dist.destroy_process_group(group)
     return texts
-
-
-def work_of(ctx: RankContext) -> list[str]:
-    """What ``async_op`` gives on the CPU."""
-    comm = ctx.comm
-    assert comm is not None
-    base = torch.zeros(6, 8)
-    x = base.t()[1:5, ::2]
-    works = [comm.cfg_all_reduce_(x.add_(1), async_op=True), comm.cfg_broadcast_(x, 0, async_op=True)]
-    results = [comm.cfg_all_reduce(x, async_op=True), comm.cfg_broadcast(x, 0, async_op=True)]
-    wrong = [f"got {type(each).__name__}" for each in (*works, *results) if not isinstance(each, Work)]
-    assert all(each.is_completed() for each in (*works, *results))
-    assert [each.wait() for each in works] == [None, None]
-    assert x.unique().tolist() == [ctx.world]
-    assert base.sum() == x.sum(), "what lies between the strides stays"
-    assert [each.wait().unique().tolist() for each in results] == [[ctx.world**2], [ctx.world]]
-    return wrong
 
 
 def copies(ctx: RankContext) -> dict[str, int]:
@@ -166,10 +163,65 @@ def test_other_dtypes_and_groups_without_shared_memory(ranks: Ranks) -> None:
     ranks.all_right(whole_numbers)
 
 
-def test_async_op_is_refused_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(sgl_comm.SglCommError, match=r"^sgl_comm::cfg_all_reduce_: got async_op=True under torch"):
-        sgl_comm.ops.cfg_all_reduce_(torch.ones(3), "any", async_op=True)
+WORDS = (
+    "rank 0 has refused a call that rank",
+    "for rank 0, which never came",
+    "rank 0 has made a call of CUDA tensors that rank",
+    "a call of CPU tensors of this group has failed before",
+)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how"),
+    [
+        *(pytest.param(*param.values, "overlap", marks=param.marks) for param in ranks_on("cpu", (2, 3))),
+        *(
+            pytest.param(*param.values, how, marks=param.marks)
+            for how in ("overlap", "cpu", "cuda")
+            for param in ranks_on("cuda", (2, 3))
+        ),
+    ],
+)
+def test_where_one_rank_passes_another_tensor_no_sum_is_wrong(ranks: Ranks, how: str) -> None:
+    for rank, texts in enumerate(ranks.run(errors_where_rank_0_differs, how, deadline=60)):
+        assert len(texts) == 3, texts
+        if how == "overlap":
+            assert ("in which several elements share memory" in texts[0]) == (rank == 0), texts
+        assert any(words in texts[2] for words in WORDS), texts
+
+
+def nodes_of_graphs(ctx: RankContext) -> dict[str, list[str]]:
+    """What each call is in a captured graph."""
+    comm, found = ctx.comm, {}
+    assert comm is not None
+    calls = {
+        "all_reduce": comm.all_reduce,
+        "cfg_all_reduce": comm.cfg_all_reduce,
+        "all_reduce_": comm.all_reduce_,
+        "cfg_all_reduce_": comm.cfg_all_reduce_,
+        "cfg_broadcast": lambda x: comm.cfg_broadcast(x, 0),
+        "cfg_broadcast_": lambda x: comm.cfg_broadcast_(x, 0),
+    }
+    for name, call in calls.items():
+        for count in (1000, 1_000_000):
+            x = torch.ones(count + 1, device=ctx.device)
+            for first in (0, 1):
+                graph = torch.cuda.CUDAGraph(keep_graph=True)
+                with capturing(graph):
+                    call(x[first:])
+                found[name_of(name, count, "offset" if first else "")] = node_names(graph)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_row_major_tensor_is_one_launch(world: int) -> None:
+    for rank, found in enumerate(Ranks("cuda", world).run(nodes_of_graphs)):
+        assert len(found) == 24
+        for name, nodes in found.items():
+            assert len(nodes) == 1, f"rank {rank}, {name}: the graph holds {nodes}"
+            kernel = "broadcast_kernel" if "broadcast" in name else "shot"
+            assert kernel in nodes[0], f"rank {rank}, {name}: the graph holds {nodes}"
 
 
 def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:
@@ -178,11 +230,6 @@ def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:
         expected = {f"{name}, {layout}": 0 for name in strided for layout in ("row-major", "offset")}
         expected |= {f"{name}, strided": count for name, count in strided.items()}
         assert found == expected, f"rank {rank}"
-
-
-@pytest.mark.parametrize("ranks", ranks_on("cpu", (1, 2, 3)))
-def test_work(ranks: Ranks) -> None:
-    ranks.all_right(work_of)
 
 
 @some_worlds
@@ -199,13 +246,3 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> Non
         assert texts.keys() == words.keys()
         for what, text in texts.items():
             assert text.startswith(words[what].replace("on cpu", f"on {ranks.device}"))
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_what_one_rank_alone_refuses_is_never_summed_with_its_next_call(world: int) -> None:
-    """That next call is the same to the last element: without a count of refusals it would be taken for this one."""
-    first, *peers = Ranks("cpu", world).run(errors_where_rank_0_refuses, deadline=30)
-    assert "several elements share memory" in first[0]
-    assert "rank 0 has refused a call that rank" in first[1]
-    for texts in peers:
-        assert all("rank 0 has refused a call that rank" in text for text in texts)

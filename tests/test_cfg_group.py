@@ -8,7 +8,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPES, Ranks, differs, error_text, generator, name_of, random_values
+from cases import (
+    DTYPES,
+    Ranks,
+    capturing,
+    differs,
+    error_text,
+    generator,
+    meet,
+    name_of,
+    random_values,
+    ranks_on,
+)
 from torch import Tensor
 
 import sgl_comm
@@ -26,7 +37,7 @@ SCALE, STEPS = 4.5, 3
 def alone(ctx: RankContext) -> Iterator[sgl_comm.Communicator]:
     """A communicator of this rank."""
     groups = [dist.new_group([rank]) for rank in range(ctx.world)]
-    with sgl_comm.init(groups[ctx.rank]) as comm:
+    with sgl_comm.init(groups[ctx.rank], ctx.device) as comm:
         yield comm
     dist.barrier(ctx.group)
     for group in groups:
@@ -51,11 +62,11 @@ def combined(ctx: RankContext) -> list[str]:
             batch = torch.cat(values)
             expected = reference.all_reduce([x * weight for x, weight in zip(values, weights, strict=True)])
             for name, laid_out in (("row-major", Tensor.contiguous), ("channels last", channels_last)):
-                x = laid_out(batch)
+                x = laid_out(batch.to(ctx.device))
                 for group in (together, one):
                     scale = SCALE if branches == 2 else weights
                     found = group.combine(laid_out(group.split(x)), scale)
-                    wrong += differs(found, expected, name_of(dtype, name, group.num_local, "branches here"))
+                    wrong += differs(found.cpu(), expected, name_of(dtype, name, group.num_local, "branches here"))
             if branches == 2 and dtype == torch.float32:
                 formula = values[1].double() + SCALE * (values[0].double() - values[1].double())
                 largest = max(float(x.abs().max()) for x in values)
@@ -79,10 +90,11 @@ def errors(ctx: RankContext) -> list[str]:
         ]
 
 
-def noise_and_conditions() -> tuple[Tensor, Tensor]:
+def noise_and_conditions(device: torch.device) -> tuple[Tensor, Tensor]:
     random_bits = generator("denoiser")
     condition = torch.randn(2, DitConfig().hidden_size, generator=random_bits)
-    return torch.randn(2, 4, 8, 8, generator=random_bits), torch.cat([condition, torch.zeros_like(condition)])
+    latents = torch.randn(2, 4, 8, 8, generator=random_bits)
+    return latents.to(device), torch.cat([condition, torch.zeros_like(condition)]).to(device)
 
 
 def branch_by_branch(model: Dit) -> Dit:
@@ -107,11 +119,11 @@ def far(found: Tensor, expected: Tensor, label: str) -> Sequence[str]:
 @torch.inference_mode()
 def denoised(ctx: RankContext) -> list[str]:
     assert ctx.comm is not None
-    latents, conditions = noise_and_conditions()
+    latents, conditions = noise_and_conditions(ctx.device)
     if ctx.rank > 0:
         latents = torch.zeros_like(latents)
     ctx.comm.cfg_broadcast_(latents, 0)
-    model, together = Dit(DitConfig()), CfgGroup(ctx.comm)
+    model, together = Dit(DitConfig(), ctx.device), CfgGroup(ctx.comm)
     found = denoise(model, together, latents, conditions, SCALE, STEPS)
     with alone(ctx) as own:
         one = denoise(model, CfgGroup(own), latents, conditions, SCALE, STEPS)
@@ -124,8 +136,8 @@ def denoised(ctx: RankContext) -> list[str]:
 @torch.inference_mode()
 def compiled(ctx: RankContext) -> list[str]:
     assert ctx.comm is not None
-    latents, conditions = noise_and_conditions()
-    model, together = Dit(DitConfig()), CfgGroup(ctx.comm)
+    latents, conditions = noise_and_conditions(ctx.device)
+    model, together = Dit(DitConfig(), ctx.device), CfgGroup(ctx.comm)
     step = torch.compile(denoise_step, fullgraph=True)
     found = eager = latents
     for time in (1.0, 0.75):
@@ -135,9 +147,36 @@ def compiled(ctx: RankContext) -> list[str]:
     return [*far(found, eager, "compiled")]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_branches_combine_to_the_same_bits_on_one_rank_and_on_many(world: int) -> None:
-    Ranks("cpu", world).all_right(combined)
+@torch.inference_mode()
+def in_a_graph(ctx: RankContext) -> list[str]:
+    """The whole of the denoising in one graph, replayed with other noise: the bits of the same calls one by one."""
+    assert ctx.comm is not None
+    latents, conditions = noise_and_conditions(ctx.device)
+    model, together = Dit(DitConfig(), ctx.device), CfgGroup(ctx.comm)
+
+    def denoised_once() -> Tensor:
+        return denoise(model, together, latents, conditions, SCALE, STEPS)
+
+    denoised_once()
+    graph = torch.cuda.CUDAGraph()
+    with ctx.comm.capture(), capturing(graph):
+        captured = denoised_once()
+    wrong = []
+    for number in range(3):
+        latents.mul_(-0.9)
+        meet(ctx)
+        graph.replay()
+        found = captured.clone()
+        wrong += differs(found, denoised_once(), f"replay {number}")
+    return wrong
+
+
+both_devices = pytest.mark.parametrize("ranks", [*ranks_on("cpu", (2,)), *ranks_on("cuda", (2,))])
+
+
+@pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, 2, 3)), *ranks_on("cuda", (2, 3))])
+def test_branches_combine_to_the_same_bits_on_one_rank_and_on_many(ranks: Ranks) -> None:
+    ranks.all_right(combined)
 
 
 def test_bad_arguments() -> None:
@@ -153,9 +192,16 @@ def test_bad_arguments() -> None:
         ]
 
 
-def test_a_denoiser_with_a_branch_on_each_of_two_ranks_equals_one_rank_with_both() -> None:
-    Ranks("cpu", 2).all_right(denoised)
+@both_devices
+def test_a_denoiser_with_a_branch_on_each_of_two_ranks_equals_one_rank_with_both(ranks: Ranks) -> None:
+    ranks.all_right(denoised)
 
 
-def test_a_denoising_step_compiles_as_a_whole() -> None:
-    Ranks("cpu", 2).all_right(compiled, deadline=240)
+@pytest.mark.parametrize("ranks", ranks_on("cuda", (2,)))
+def test_a_denoiser_in_a_cuda_graph(ranks: Ranks) -> None:
+    ranks.all_right(in_a_graph)
+
+
+@both_devices
+def test_a_denoising_step_compiles_as_a_whole(ranks: Ranks) -> None:
+    ranks.all_right(compiled, deadline=240)

@@ -253,6 +253,7 @@ def test_a_bad_max_size_on_one_rank_is_an_error_on_all() -> None:
 # --- how large workspaces are
 
 CONTROL_BYTES, CREDITS_BYTES, FLAG_BYTES, BLOCK_BYTES, NUM_BANKS = 4 * KIB, 56 * KIB, 16 * KIB, 2 * MIB, 3
+COUNTS_BYTES, BROADCAST_BYTES = 32 * KIB, 4352 * KIB
 
 
 def rounded(num_bytes: int) -> int:
@@ -263,14 +264,15 @@ def rounded(num_bytes: int) -> int:
 @pytest.mark.parametrize("world", supported_world_sizes())
 def test_workspaces_are_as_small_as_documented(world: int) -> None:
     max_size = default_max_size(world)
-    v2 = rounded(CONTROL_BYTES + CREDITS_BYTES + NUM_BANKS * (world - 1) * max_size)
+    banks = NUM_BANKS * (world - 1) * max_size
+    v2 = rounded(CONTROL_BYTES + CREDITS_BYTES + COUNTS_BYTES + banks + BROADCAST_BYTES)
     v1 = rounded(CONTROL_BYTES + FLAG_BYTES + DEFAULT_MAX_SIZE + DEFAULT_MAX_SIZE // world + 16)
     assert max_size % MIN_MAX_SIZE == 0
     assert MIN_MAX_SIZE < max_size <= 8 * MIB
-    assert v2 <= 48 * MIB
+    assert v2 <= 52 * MIB
     assert v1 <= 14 * MIB
-    assert v2 + v1 <= 64 * MIB
-    assert max_size == 8 * MIB or v2 == 48 * MIB, "no more is given up than must be"
+    assert v2 + v1 <= 66 * MIB
+    assert max_size == 8 * MIB or v2 == 52 * MIB, "no more is given up than must be"
 
 
 # --- real GPUs

@@ -160,7 +160,7 @@ def test_a_broadcast_that_misses_a_rank_fails_softly(missing: int, world: int, m
     """The source of what needs more places than there are, and receivers, name the rank that did not come."""
     monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
     with make_simulated(world) as ranks:
-        x = torch.ones(1_000_000, device="cuda")
+        x = torch.ones(5_000_000, device="cuda")
         present = [rank for rank in ranks if rank.rank != missing]
         outputs = call_all(present, [x] * len(present), lambda x, name: ops.cfg_broadcast(x, 0, name))
         for rank, output in zip(present, outputs, strict=True):
@@ -185,6 +185,22 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(cfg: Call) -> None:
                     with pytest.raises(RuntimeError, match="several elements share memory"):
                         cfg(overlapping(x), rank.group_name)
             assert all(output.eq(3).all() for output in call_all(ranks, [x] * 3, SUMS["all_reduce"]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU, of which the group is not")
+@pytest.mark.parametrize("cfg", [ops.cfg_all_reduce, lambda x, name: ops.cfg_broadcast(x, 0, name)])
+def test_a_tensor_of_another_gpu_is_refused_and_counted(cfg: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    x, other = torch.ones(1000, device="cuda:0"), torch.ones(1000, device="cuda:1")
+    with make_simulated(2) as ranks:
+        for rank in ranks:
+            with pytest.raises(RuntimeError, match=r"got Float\[1000\] on cuda:1; expected device cuda:0"):
+                cfg(other, rank.group_name)
+        assert all(output.eq(2).all() for output in call_all(ranks, [x, x], SUMS["all_reduce"]))
+        with pytest.raises(RuntimeError, match="expected device cuda:0"):
+            cfg(other, ranks[0].group_name)
+        with pytest.raises(RuntimeError, match="rank 0 has refused a call that rank 1 has not"):
+            ops.all_reduce(x, ranks[0].group_name)
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "v1"])

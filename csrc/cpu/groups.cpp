@@ -39,6 +39,13 @@ void shm_settle(const Text& name, bool agreed) { groups().settle(name, agreed); 
 
 int64_t layout_copies() { return num_layout_copies().load(); }
 
+// For the CUDA library; of a group that has no shared memory, one that nobody else looks at.
+Tensor ledger(const Text& name) {
+  const auto group = groups().find_if_settled(name);
+  return group != nullptr && group->communicator != nullptr ? group->communicator->ledger().tensor()
+                                                            : Ledger().tensor();
+}
+
 std::string shm_fault(const Text& name) { return groups().fault(name); }
 
 }  // namespace
@@ -52,5 +59,6 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("_shm_attach", TORCH_BOX(&sgl_comm::cpu::shm_attach));
   m.impl("_shm_settle", TORCH_BOX(&sgl_comm::cpu::shm_settle));
   m.impl("_shm_fault", TORCH_BOX(&sgl_comm::cpu::shm_fault));
+  m.impl("_ledger", TORCH_BOX(&sgl_comm::cpu::ledger));
   m.impl("_layout_copies", TORCH_BOX(&sgl_comm::cpu::layout_copies));
 }

@@ -90,6 +90,7 @@ std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, Call call) {
   SGL_CHECK(call.count < uint64_t{1} << Call::kCountBits, op, ": got ", call.count, " elements; expected fewer than 2^",
             Call::kCountBits);
   call.refused = num_refused_;
+  call.cuda_calls = ledger_.num_cuda_calls() & ((1u << Call::kCudaCallsBits) - 1);
   call_ = call;
   ++sequence_;
   return lock;
@@ -190,6 +191,7 @@ void ShmCommunicator::give_up(FaultKind kind, int peer, const Moment& moment) {
 
 void ShmCommunicator::refuse() const {
   for (int look = 0; look < 1000 && header_->fault.state.load(std::memory_order_acquire) == 1; ++look) sched_yield();
+  ledger_.set_cpu_failed();
   fail("sgl_comm::", op_, ": rank ", rank_, " of group '", group_name_, "': ", fault());
 }
 
@@ -210,11 +212,13 @@ std::string ShmCommunicator::fault() const {
       text << peer << " has closed its communicator; " << finder << " was waiting for it in";
       break;
     case FaultKind::kMismatch: {
-      const auto more =
-          static_cast<int8_t>(Call::unpacked(fault.call).refused - Call::unpacked(fault.peer_call).refused);
-      if (more != 0) {
-        text << (more > 0 ? finder : peer) << " has refused a call that " << (more > 0 ? peer : finder)
-             << " made, before";
+      const Call own = Call::unpacked(fault.call), other = Call::unpacked(fault.peer_call);
+      const auto ahead = [&](bool finder_is) { return finder_is ? finder : peer; };
+      if (const auto more = static_cast<int8_t>(own.refused - other.refused); more != 0) {
+        text << ahead(more > 0) << " has refused a call that " << ahead(more < 0) << " made, before";
+      } else if (own.cuda_calls != other.cuda_calls) {
+        const bool more_here = ((own.cuda_calls - other.cuda_calls) & (1 << (Call::kCudaCallsBits - 1))) == 0;
+        text << ahead(more_here) << " has made a call of CUDA tensors that " << ahead(!more_here) << " has not, before";
       } else {
         text << finder << " called " << describe(fault.call) << " where " << peer << " called "
              << describe(fault.peer_call) << ", in";

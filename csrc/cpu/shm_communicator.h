@@ -27,6 +27,7 @@
 #include "cpu/flag.h"
 #include "dispatch.h"
 #include "group_segment.h"
+#include "ledger.h"
 
 namespace sgl_comm {
 
@@ -40,22 +41,27 @@ struct Call {
     kBroadcast = 5,
     kCompareCalls = 6,
   };
-  static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 8;
+  static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 8, kCudaCallsBits = 4;
 
   Kind kind;
   torch::headeronly::ScalarType dtype;
-  uint64_t count;       // of a rank's input
-  uint8_t source = 0;   // a broadcast's
-  uint8_t refused = 0;  // how many calls this rank has refused and counted (its last bits), set by begin()
+  uint64_t count;      // of a rank's input
+  uint8_t source = 0;  // a broadcast's
+  // Set by begin(): the last bits of how many calls this rank has refused and counted, and of CUDA tensors made.
+  uint8_t refused = 0, cuda_calls = 0;
 
   uint64_t packed() const {
-    return uint64_t(kind) << 56 | uint64_t(dtype) << 48 | uint64_t(refused) << (kCountBits + kSourceBits) |
-           uint64_t(source) << kCountBits | count;
+    return uint64_t(kind) << 60 | uint64_t(cuda_calls) << 56 | uint64_t(dtype) << 48 |
+           uint64_t(refused) << (kCountBits + kSourceBits) | uint64_t(source) << kCountBits | count;
   }
   static Call unpacked(uint64_t word) {
     const auto bits = [&](int first, int number) { return word >> first & ((uint64_t{1} << number) - 1); };
-    return {Kind(bits(56, 8)), torch::headeronly::ScalarType(bits(48, 8)), bits(0, kCountBits),
-            uint8_t(bits(kCountBits, kSourceBits)), uint8_t(bits(kCountBits + kSourceBits, kRefusedBits))};
+    return {Kind(bits(60, 4)),
+            torch::headeronly::ScalarType(bits(48, 8)),
+            bits(0, kCountBits),
+            uint8_t(bits(kCountBits, kSourceBits)),
+            uint8_t(bits(kCountBits + kSourceBits, kRefusedBits)),
+            uint8_t(bits(56, kCudaCallsBits))};
   }
 };
 static_assert(kMaxWorld <= 1 << Call::kSourceBits);
@@ -106,6 +112,9 @@ class ShmCommunicator {
   // Why the communicator is unusable; empty while it is not.
   std::string fault() const;
 
+  // For the CUDA library's part of the group.
+  const Ledger& ledger() const { return ledger_; }
+
  private:
   enum class FaultKind : int32_t { kTimeout, kDied, kClosed, kMismatch };
   struct Fault {
@@ -154,6 +163,7 @@ class ShmCommunicator {
   std::optional<Moment> behind_;  // the step before this one, of which not every arrival has been seen
   uint64_t sequence_ = 0;
   uint8_t num_refused_ = 0;
+  Ledger ledger_;
   const char* op_ = "";
   Call call_{};
 };

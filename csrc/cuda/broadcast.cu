@@ -19,7 +19,8 @@ namespace {
 // As few threads a block as make one tile of the message, if any do; rows go one a warp.
 Shape shape_for(const Residency& limits, int64_t rows) {
   unsigned threads = 64;
-  while (threads < device::kMaxThreads && rows * 32 > int64_t{device::kMostBroadcastBlocks} * threads) threads *= 2;
+  while (threads < device::kBroadcastThreads && rows * 32 > int64_t{device::kMostBroadcastBlocks} * threads)
+    threads *= 2;
   return limits.shape(Kind::kBroadcast, rows * 32, threads, device::kMostBroadcastBlocks);
 }
 

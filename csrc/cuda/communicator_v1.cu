@@ -6,8 +6,8 @@
 namespace sgl_comm::cuda {
 
 CommunicatorV1::CommunicatorV1(int rank, int world, int device, int64_t staging_bytes, Thresholds thresholds,
-                               double timeout_seconds, uint64_t first_epoch)
-    : DeviceCommunicator(rank, world, device, thresholds, timeout_seconds, first_epoch),
+                               double timeout_seconds, uint64_t first_epoch, Ledger ledger)
+    : DeviceCommunicator(rank, world, device, thresholds, timeout_seconds, first_epoch, std::move(ledger)),
       staging_bytes_(staging_bytes),
       graph_inputs_(rank, world, device) {
   SGL_CHECK(staging_bytes >= kMinStagingBytes && staging_bytes % kMinStagingBytes == 0, "init: got max_size ",

@@ -19,7 +19,7 @@ class CommunicatorV1 : public DeviceCommunicator {
 
   // staging_bytes: of the input that one launch reads; larger ones take several.
   CommunicatorV1(int rank, int world, int device, int64_t staging_bytes, Thresholds thresholds, double timeout_seconds,
-                 uint64_t first_epoch);
+                 uint64_t first_epoch, Ledger ledger);
 
   CommunicatorHandle publish();
   std::string attach(const std::vector<CommunicatorHandle>& handles);

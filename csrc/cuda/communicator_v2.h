@@ -17,9 +17,9 @@ class CommunicatorV2 : public DeviceCommunicator {
   static constexpr const char* kWhat = "the push kernels do not serve";
   static constexpr int64_t kMinSlotBytes = 64 << 10, kMaxSlotBytes = 256 << 20;
 
-  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and 2.4 MiB, in blocks of 2 MiB.
+  // slot_bytes: of one peer in one bank. The workspace is 3 * (world - 1) * slot_bytes and 4.4 MiB, in blocks of 2 MiB.
   CommunicatorV2(int rank, int world, int device, int64_t slot_bytes, Thresholds thresholds, double timeout_seconds,
-                 uint64_t first_epoch);
+                 uint64_t first_epoch, Ledger ledger);
 
   CommunicatorHandle publish();
   std::string attach(const std::vector<CommunicatorHandle>& handles) { return DeviceCommunicator::attach(handles); }

@@ -1,10 +1,12 @@
+#include <utility>
+
 #include "cuda/device_communicator.h"
 
 namespace sgl_comm::cuda {
 
 DeviceCommunicator::DeviceCommunicator(int rank, int world, int device, Thresholds thresholds, double timeout_seconds,
-                                       uint64_t first_epoch)
-    : group_(rank, world, device, timeout_seconds, first_epoch), thresholds_(thresholds) {}
+                                       uint64_t first_epoch, Ledger ledger)
+    : group_(rank, world, device, timeout_seconds, first_epoch), thresholds_(thresholds), ledger_(std::move(ledger)) {}
 
 CommunicatorHandle DeviceCommunicator::publish(const Residency& limits, WorkspaceBytes bytes) {
   CommunicatorHandle handle{};

@@ -9,6 +9,7 @@
 #include "cuda/device_group.h"
 #include "cuda/residency.h"
 #include "cuda/stream_order.h"
+#include "ledger.h"
 #include "policy.h"
 
 namespace sgl_comm::cuda {
@@ -35,18 +36,19 @@ class DeviceCommunicator {
 
   // Calls that this rank refused and its peers may have made: counted; and, before the next call, waited for until all
   // ranks have refused as many, after as many calls, or the group has failed.
-  void count_refusal() { group_.count_refusal(); }
+  void count_refusal() { group_.count_refusal(ledger_.num_cuda_calls()); }
   void settle_refusals() {
     if (__builtin_expect(group_.refusals_pending(), 0)) group_.settle_refusals();
   }
-  void count_call() { group_.count_call(); }
+  void count_call() { ledger_.count_cuda_call(); }
+  bool cpu_failed() const { return ledger_.cpu_failed(); }
 
   // Set-up goes publish(), of the protocol; attach(), when the handles have gone round the group; settle().
   void settle() { group_.settle(); }
 
  protected:
   DeviceCommunicator(int rank, int world, int device, Thresholds thresholds, double timeout_seconds,
-                     uint64_t first_epoch);
+                     uint64_t first_epoch, Ledger ledger);
 
   // For a protocol whose kernels have these limits and which keeps so many bytes in the workspace.
   CommunicatorHandle publish(const Residency& limits, WorkspaceBytes bytes);
@@ -57,6 +59,7 @@ class DeviceCommunicator {
  private:
   DeviceGroup group_;
   const Thresholds thresholds_;
+  Ledger ledger_;
   Residency limits_;
   StreamOrder order_;
 };

@@ -160,9 +160,9 @@ void DeviceGroup::fail(const device::AbortCode& code) {
   reinterpret_cast<std::atomic<uint32_t>*>(&host_abort_->abort)->store(code.packed(), std::memory_order_release);
 }
 
-void DeviceGroup::count_refusal() {
+void DeviceGroup::count_refusal(uint64_t num_calls) {
   std::lock_guard lock(refusals_mutex_);
-  last_refusal_ = {last_refusal_.number + 1, num_calls_.load()};
+  last_refusal_ = {last_refusal_.number + 1, num_calls};
   peer_states()[rank_].refusals[last_refusal_.number % PeerState::kKept].store(last_refusal_.packed(),
                                                                                std::memory_order_release);
   refusals_pending_.store(true, std::memory_order_release);

@@ -59,8 +59,7 @@ class DeviceGroup {
   // A call that this rank alone refused would leave it one call ahead of its peers, whose data a later call of its own
   // would meet. So each rank tells the others after how many calls it has refused one, in host memory; and a rank that
   // has refused makes its next call when every peer has done so too, or fails the group, at the deadline at the latest.
-  void count_call() { num_calls_.fetch_add(1, std::memory_order_relaxed); }
-  void count_refusal();
+  void count_refusal(uint64_t num_calls);
   bool refusals_pending() const { return refusals_pending_.load(std::memory_order_acquire); }
   void settle_refusals();
 
@@ -105,7 +104,6 @@ class DeviceGroup {
   device::HostAbort* host_abort_ = nullptr;
   device::GroupView view_{};
   int most_on_a_device_ = 1;
-  std::atomic<uint64_t> num_calls_{0};
   std::mutex refusals_mutex_;
   Refusal last_refusal_{};
   std::atomic<bool> refusals_pending_{false};

@@ -27,7 +27,7 @@ struct Steps {
 
   // A handle that says so where this rank cannot make its part: the group must learn it, not wait for it.
   static Tensor publish(const Text& name, int64_t device, int64_t max_size, int64_t one_shot_bytes, int64_t ring_bytes,
-                        int64_t fallback_bytes, double timeout, int64_t first_epoch) {
+                        int64_t fallback_bytes, double timeout, int64_t first_epoch, const Tensor& ledger) {
     const auto group = groups().find_open("init", name);
     CommunicatorHandle handle{};
     try {
@@ -35,7 +35,7 @@ struct Steps {
       const Thresholds thresholds{one_shot_bytes, ring_bytes, fallback_bytes};
       group->communicator =
           std::make_unique<Communicator>(group->rank, group->world, static_cast<int>(device), max_size, thresholds,
-                                         timeout, static_cast<uint64_t>(first_epoch));
+                                         timeout, static_cast<uint64_t>(first_epoch), Ledger(ledger));
       handle = group->communicator->publish();
     } catch (const std::exception& error) {
       group->communicator.reset();

@@ -89,7 +89,7 @@ def make_simulated(
 
 
 def _set_up(names: Sequence[str], publish: Any, attach: Any, settle: Any, args: Sequence[Any]) -> None:
-    handles = torch.cat([publish(name, *args) for name in names])
+    handles = torch.cat([publish(name, *args, _ops._ledger(name)) for name in names])
     reasons = [attach(name, handles) for name in names]
     if any(reasons):
         raise SglCommError(f"make_simulated: {next(filter(None, reasons))}")

@@ -33,7 +33,7 @@ struct PushView {
 constexpr int kMostRingBlocks = 256, kCreditBytes = 32;
 constexpr int64_t kCreditsBytes = (kMaxRanks - 1) * kMostRingBlocks * kCreditBytes;
 // And those in which ranks tell each other's blocks how far a broadcast (broadcast.cuh) is, for each block and rank.
-constexpr int kMostBroadcastBlocks = 64;
+constexpr int kMostBroadcastBlocks = 128;
 constexpr int64_t kCountsBytes = int64_t{kMaxRanks} * kMostBroadcastBlocks * kCreditBytes;
 
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.

@@ -1,0 +1,229 @@
+"""The broadcast's protocol (csrc/cuda/device/broadcast.cuh) keeps its promises in every interleaving of a model of it.
+
+One block and one pack a tile. Every rank has places, EMPTY or full of a tile, and a word for each rank: how many tiles
+that one is done with. A launch is a program of stores and waits; a store becomes visible at any later moment, in any
+order with the others of its rank, but not before those behind which a fence stands; a launch ends when all of its stores
+are visible. A wait looks at memory and goes on as soon as it can, which loses nothing, since it changes no memory and
+stores behind it may still be delayed. The search chooses who the source is and how many tiles there are, or to stop,
+whenever the first rank gets to a new launch. Tiles are counted from about the slowest rank's first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+EMPTY, STOP = -1000, None
+
+Store = tuple[int, int, int, int]
+"""Whose memory, which place (the words of counts follow the places), the value, and how many fences came before it."""
+Launch = tuple[int, int] | None
+"""The source and the number of tiles."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """As it stands, what the kernels do, but for the numbers of places and tiles.
+
+    Attributes:
+        launches: which there are to choose from.
+        places: of each rank.
+        done: after how many tiles a receiver tells how far it is, where a source may wait for that.
+        awaits: whether a source waits for its peers' places.
+        tells_in_between: whether receivers tell before the next launch.
+        behind_emptying: whether that is behind a fence.
+        tells_all: whether receivers tell every rank, or the source alone.
+    """
+
+    world: int
+    launches: tuple[Launch, ...]
+    places: int = 4
+    done: int = 2
+    awaits: bool = True
+    tells_in_between: bool = True
+    behind_emptying: bool = True
+    tells_all: bool = True
+
+    def program(self, rank: int, launch: tuple[int, int], first: int) -> list[tuple[str, int, int]]:
+        """(what, number, value) of each step; tiles are absolute."""
+        source, tiles = launch
+        if rank == source:
+            steps = [("tell", -1, first)]
+            for tile in range(first, first + tiles):
+                steps += [("await", 0, tile + 1 - self.places)] if self.awaits else []
+                steps.append(("push", tile % self.places, tile))
+            return steps
+        told = -1 if self.tells_all else source
+        steps = [("tell", told, first)]
+        for k in range(tiles):
+            steps += [("poll", (first + k) % self.places, first + k), ("empty", (first + k) % self.places, EMPTY)]
+            awaited = k % self.done == self.done - 1 and k + 1 - self.done + self.places < tiles
+            if awaited and self.tells_in_between:
+                steps += [("fence", 0, 0)] if self.behind_emptying else []
+                steps.append(("tell", told, first + k + 1))
+        return steps
+
+
+class _Violation(Exception):
+    pass
+
+
+Rank = tuple[int, int, int, tuple[Store, ...], int]
+"""Which launch, its first tile, the next step, stores on their way, and fences so far."""
+State = tuple[tuple[Launch, ...], tuple[Rank, ...], tuple[tuple[int, ...], ...]]
+
+
+def search(protocol: Protocol) -> tuple[int, str]:
+    """How many states there are, and what went wrong first, or an empty text."""
+    memory = ((EMPTY,) * protocol.places + (0,) * protocol.world,) * protocol.world
+    seen: set[State] = set()
+    waiting: deque[State] = deque()
+    try:
+        for launch in protocol.launches:
+            state: State = ((launch,), ((0, 0, 0, (), 0),) * protocol.world, memory)
+            waiting.append(_went_on(protocol, state))
+        while waiting:
+            state = waiting.popleft()
+            if state in seen:
+                continue
+            seen.add(state)
+            after = list(_steps(protocol, state))
+            if not after:
+                _check_end(state, protocol)
+            waiting.extend(after)
+    except _Violation as violation:
+        return len(seen), str(violation)
+    return len(seen), ""
+
+
+def _steps(protocol: Protocol, state: State) -> Iterator[State]:
+    launches, ranks, memory = state
+    for r, (launch, first, at, stores, fences) in enumerate(ranks):
+        for number, (owner, place, value, fence) in enumerate(stores):
+            if any(other[3] < fence for other in stores):
+                continue
+            cells = list(memory[owner])
+            if place < protocol.places and value != EMPTY and cells[place] != EMPTY:
+                raise _Violation(f"rank {r} pushes onto a full place")
+            cells[place] = value
+            after = (launch, first, at, stores[:number] + stores[number + 1 :], fences)
+            changed = (*memory[:owner], tuple(cells), *memory[owner + 1 :])
+            yield _went_on(protocol, (launches, (*ranks[:r], after, *ranks[r + 1 :]), changed))
+        chosen = launches[launch]
+        if chosen is not STOP and not stores and at == len(protocol.program(r, chosen, first)):
+            for more in (
+                [launches] if len(launches) > launch + 1 else [(*launches, x) for x in (STOP, *protocol.launches)]
+            ):
+                after = (launch + 1, first + chosen[1], 0, (), 0)
+                yield _went_on(protocol, _rebased(protocol, (more, (*ranks[:r], after, *ranks[r + 1 :]), memory)))
+
+
+def _went_on(protocol: Protocol, state: State) -> State:
+    """Every rank takes the steps that it can."""
+    launches, ranks, memory = state
+    return launches, tuple(_advanced(protocol, launches, r, rank, memory[r]) for r, rank in enumerate(ranks)), memory
+
+
+def _advanced(protocol: Protocol, launches: tuple[Launch, ...], r: int, rank: Rank, cells: tuple[int, ...]) -> Rank:
+    launch, first, at, stores, fences = rank
+    chosen = launches[launch]
+    program = [] if chosen is STOP else protocol.program(r, chosen, first)
+    peers = [p for p in range(protocol.world) if p != r]
+    while at < len(program):
+        what, number, value = program[at]
+        if what == "poll":
+            emptied = any(owner == r and place == number for owner, place, _, _ in stores)
+            if cells[number] == EMPTY or emptied:
+                break
+            if cells[number] != value:
+                raise _Violation(f"rank {r} reads another tile")
+        elif what == "await":
+            if any(cells[protocol.places + p] < value for p in peers):
+                break
+        elif what == "fence":
+            fences += 1
+        elif what == "empty":
+            stores += ((r, number, EMPTY, fences),)
+        elif what == "push":
+            stores += tuple((p, number, value, fences) for p in peers)
+        else:
+            told = peers if number < 0 else [number]
+            stores += tuple((p, protocol.places + r, value, fences) for p in told)
+        at += 1
+    return launch, first, at, tuple(sorted(stores)), fences
+
+
+def _rebased(protocol: Protocol, state: State) -> State:
+    """Without the launches that every rank has left behind, and with tiles counted from about the slowest rank's."""
+    launches, ranks, memory = state
+    gone = min(rank[0] for rank in ranks)
+    shift = min(rank[1] for rank in ranks) // protocol.places * protocol.places
+    low = -protocol.places  # a count that is lower is as good as none
+
+    def shifted(place: int, value: int) -> int:
+        return max(value - shift, low) if place >= protocol.places else value if value == EMPTY else value - shift
+
+    moved = tuple(
+        (launch - gone, first - shift, at, tuple(sorted((o, p, shifted(p, v), f) for o, p, v, f in stores)), fences)
+        for launch, first, at, stores, fences in ranks
+    )
+    return launches[gone:], moved, tuple(tuple(shifted(p, v) for p, v in enumerate(cells)) for cells in memory)
+
+
+def _check_end(state: State, protocol: Protocol) -> None:
+    launches, ranks, memory = state
+    stuck = [r for r, rank in enumerate(ranks) if launches[rank[0]] is not STOP]
+    if stuck:
+        raise _Violation(f"deadlock: ranks {stuck} wait")
+    if any(cell != EMPTY for cells in memory for cell in cells[: protocol.places]):
+        raise _Violation("a place is full at the end")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "at_least"),
+    [
+        (Protocol(2, ((0, 1), (0, 3), (1, 7))), 8_000),
+        (Protocol(2, ((0, 1), (1, 1), (0, 2), (1, 2)), places=2, done=1), 1_700),
+        (Protocol(2, ((0, 3), (1, 10)), places=8, done=4), 48_000),
+        (Protocol(3, ((0, 1), (1, 3)), places=2, done=1), 64_000),
+        (Protocol(3, ((0, 1), (1, 1), (2, 1)), places=2, done=1), 160_000),
+    ],
+    ids=["two", "two by turns", "two with all places", "three", "three by turns"],
+)
+def test_any_sequence_of_broadcasts(protocol: Protocol, at_least: int) -> None:
+    states, violation = search(protocol)
+    assert violation == ""
+    assert states >= at_least
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+@pytest.mark.parametrize("places", [1, 2, 3, 4])
+def test_as_many_places_are_needed_as_tiles_between_two_words(places: int, done: int) -> None:
+    _, violation = search(Protocol(2, ((0, 7), (1, 1)), places=places, done=done))
+    assert violation == ("" if places >= done else "deadlock: ranks [0, 1] wait")
+
+
+def test_a_source_that_does_not_wait_for_places_is_caught() -> None:
+    _, violation = search(Protocol(2, ((0, 7), (1, 1)), awaits=False))
+    assert "reads another tile" in violation or "pushes onto a full place" in violation
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_word_that_goes_before_the_emptying_is_caught(world: int) -> None:
+    _, violation = search(Protocol(world, ((0, 7), (1, 1)), behind_emptying=False))
+    assert "pushes onto a full place" in violation
+
+
+def test_receivers_that_tell_nothing_in_between_are_a_deadlock() -> None:
+    _, violation = search(Protocol(2, ((0, 7), (1, 1)), tells_in_between=False))
+    assert violation == "deadlock: ranks [0, 1] wait"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_it_is_enough_to_tell_the_source(world: int) -> None:
+    """The kernels tell every rank all the same: the next source then need not wait for that."""
+    _, violation = search(Protocol(world, ((0, 3), (1, 1)), places=2, done=1, tells_all=False))
+    assert violation == ""

@@ -50,8 +50,9 @@ INVARIANT = EnvVar(
 CHECK = EnvVar(
     "SGL_COMM_CHECK",
     "0",
-    "1: before a cfg_ call of CPU tensors every rank's shape, dtype and arguments are compared, so that a difference or"
-    " a refusal is an error on every rank, and nothing is sent. Alike on all ranks. Read by init().",
+    "1: before a cfg_ call every rank's shape, dtype, device type and arguments are compared, by shared memory or gloo,"
+    " so that a difference or a refusal is an error on every rank, and nothing is sent. Alike on all ranks. Read by"
+    " init().",
 )
 BUILD_CUDA = EnvVar(
     "SGL_COMM_BUILD_CUDA",

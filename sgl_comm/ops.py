@@ -81,7 +81,7 @@ def cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum", async
     Raises:
         SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time. A call that every
             rank refuses leaves the group as it was; one that some ranks refuse and others make ends it, on all, where
-            shared memory serves the call.
+            shared memory or this package's kernels serve the call.
     """
     return _called(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
 

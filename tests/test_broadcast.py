@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import (
     CPU_WORLDS,
+    DTYPES,
     EVERY_DTYPE,
     ROW_SHAPES,
     SLOT_BYTES,
@@ -108,6 +109,27 @@ def around_the_chunk(ctx: RankContext) -> list[str]:
             wrong += run_calls(ctx, [call])
     values = random_bytes(ctx.world, (7, (2**19 + 3) // 7), torch.float32)
     return wrong + run_calls(ctx, calls_of_every_layout(ctx, ctx.group.group_name, "large", values))
+
+
+def sentinels_and_specials(ctx: RankContext) -> list[str]:
+    """Words that a kernel may use as a signal, NaN payloads, zeros of both signs, subnormals: none may change."""
+    values = {
+        "-1 as int32": torch.full((4099,), -1, dtype=torch.int32),
+        "-2 as int32": torch.full((4099,), -2, dtype=torch.int32),
+        "-1 as int64": torch.full((300_000,), -1, dtype=torch.int64),
+        "-1 as int8": torch.full((4099,), -1, dtype=torch.int8),
+        "0xff as fp8": torch.full((4099,), 255, dtype=torch.uint8).view(torch.float8_e5m2),
+        "zeros": torch.zeros(1030, dtype=torch.int32),
+        "true": torch.ones(1031, dtype=torch.bool),
+        **{name_of("special", dtype): testing.special_values(dtype) for dtype in (*DTYPES, torch.float64)},
+    }
+    calls = []
+    for name, x in values.items():
+        for layout in ("row_major", "offset"):
+            every = [x.view(torch.uint8).roll(rank).view(x.dtype) for rank in range(ctx.world)]
+            layouts = [testing.layouts(x.shape)[layout]] * ctx.world
+            calls.append(CfgBroadcast(name_of(name, layout), every, layouts, ctx.group.group_name, ctx.rank))
+    return run_calls(ctx, calls)
 
 
 def lazy_views(ctx: RankContext) -> list[str]:
@@ -211,6 +233,11 @@ def test_the_source_is_a_rank_of_the_group() -> None:
 @every_world
 def test_sizes_around_the_chunk_and_a_large_one(ranks: Ranks) -> None:
     ranks.all_right(around_the_chunk)
+
+
+@every_world
+def test_no_value_is_changed(ranks: Ranks) -> None:
+    ranks.all_right(sentinels_and_specials)
 
 
 @every_world

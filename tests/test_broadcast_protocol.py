@@ -3,9 +3,9 @@
 One block and one pack a tile. Every rank has places, EMPTY or full of a tile, and a word for each rank: how many tiles
 that one is done with. A launch is a program of stores and waits; a store becomes visible at any later moment, in any
 order with the others of its rank, but not before those behind which a fence stands; a launch ends when all of its
-stores are visible. A wait looks at memory and goes on as soon as it can, which loses nothing, since it changes no memory and
-stores behind it may still be delayed. The search chooses who the source is and how many tiles there are, or to stop,
-whenever the first rank gets to a new launch. Tiles are counted from about the slowest rank's first.
+stores are visible. A wait looks at memory and goes on as soon as it can, which loses nothing, since it changes no
+memory and stores behind it may still be delayed. The search chooses who the source is and how many tiles there are, or
+to stop, whenever the first rank gets to a new launch. Tiles are counted from about the slowest rank's first.
 """
 
 from __future__ import annotations

@@ -34,11 +34,27 @@ void agree(const Group& group, Checks&& checks, Describe&& describe, Compare&& c
   try {
     checks();
   } catch (const std::exception& error) {
-    if (comparing) compare(std::string(error.what()), true);
-    count_refusal();
+    if (comparing) {
+      compare(std::string(error.what()), true);  // throws
+    } else {
+      count_refusal();
+    }
     throw;
   }
   if (__builtin_expect(comparing, 0)) compare(describe(), false);
+}
+
+// Makes a call that the ranks agreed on. One that ends in an error before it has begun (no memory, say) is as good as
+// refused: begun() is then what it was.
+template <typename Begun, typename CountRefusal, typename Make>
+auto make_agreed(Begun&& begun, CountRefusal&& count_refusal, Make&& make) {
+  const auto before = begun();
+  try {
+    return make();
+  } catch (...) {
+    if (begun() == before) count_refusal();
+    throw;
+  }
 }
 
 }  // namespace sgl_comm

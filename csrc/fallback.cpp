@@ -34,19 +34,21 @@ Tensor cfg_all_reduce_any_device(const Tensor& input, const Text& group_name, co
     check_reduce_op(kOp, reduce_op);
     check(kOp, input, group_name);
   };
-  cpu::agree_on_call(kOp, cpu::groups().find(kOp, group_name), checks,
-                     [&] { return describe_cfg_all_reduce(input, reduce_op); });
-  return all_reduce(kOp, input, group_name, reduce_op);
+  return cpu::call_agreed(
+      kOp, cpu::groups().find(kOp, group_name), checks, [&] { return describe_cfg_all_reduce(input, reduce_op); },
+      [&] { return all_reduce(kOp, input, group_name, reduce_op); });
 }
 
 Tensor cfg_broadcast_any_device(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = cpu::groups().find(kOp, group_name);
-  cpu::agree_on_call(
+  return cpu::call_agreed(
       kOp, group, [&] { check_broadcast(kOp, input, src, group->world); },
-      [&] { return describe_broadcast(input, src); });
-  if (group->world == 1) return fresh_row_major(kOp, input);
-  return broadcast(kOp, input, src, group->name, group->rank);
+      [&] { return describe_broadcast(input, src); },
+      [&] {
+        if (group->world == 1) return fresh_row_major(kOp, input);
+        return broadcast(kOp, input, src, group->name, group->rank);
+      });
 }
 
 Tensor reduce_scatter_any_device(const Tensor& input, const Text& group_name) {

@@ -25,6 +25,7 @@ from cases import (
     group_without_shared_memory,
     interleaved,
     layouts_of_ranks,
+    meet,
     name_of,
     random_bytes,
     ranks_on,
@@ -214,6 +215,40 @@ def errors_where_rank_0_refuses_and_stays_away(ctx: RankContext) -> str:
     comm.close()
     dist.destroy_process_group(group)
     return text
+
+
+def after_a_source_on_the_wrong_device(ctx: RankContext, how: str) -> list[str]:
+    """Rank 0 sends ones on the other device than its peers expect them, then thousands on theirs. Errors; wrong values.
+
+    ``how`` is the device of the peers.
+    """
+    group = dist.new_group(list(range(ctx.world)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGL_COMM_TIMEOUT", "1")
+        comm = sgl_comm.init(group, ctx.device)
+    device, other = (ctx.device, "cpu") if how == "cuda" else ("cpu", ctx.device)
+    values = (1.0, 1000.0) if ctx.rank == 0 else (-1.0, -2.0)
+    passed = [torch.full((1000,), value, device=device) for value in values]
+    if ctx.rank == 0:
+        passed[0] = passed[0].to(other)
+    texts = [error_text(lambda x=x: comm.cfg_broadcast_(x, 0)) for x in passed]
+    meet(ctx)
+    texts.append(error_text(lambda: comm.cfg_broadcast_(passed[1], 0)))
+    got = set(passed[0].tolist()) - {-1.0, 1.0}
+    texts += [f"got {got}"] if any(number == number for number in got) else []
+    dist.barrier(ctx.group)
+    comm.close()
+    dist.destroy_process_group(group)
+    return texts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["cuda", "cpu"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_after_a_source_on_the_wrong_device_nobody_gets_another_calls_values(world: int, how: str) -> None:
+    for texts in Ranks("cuda", world).run(after_a_source_on_the_wrong_device, how, deadline=60):
+        assert len(texts) == 3, texts
+        assert any(texts), texts
 
 
 @every_world

@@ -108,17 +108,20 @@ def refusals(ctx: RankContext) -> dict[str, str]:
 
 def errors_where_rank_0_differs(ctx: RankContext, how: str) -> list[str]:
     """Every rank sums ones and then thousands, but rank 0 passes another tensor first: of the same shape and dtype, on
-    the other device or overlapping itself. Returns each call's error, one of a third call, and sums that are wrong.
+    the other device, overlapping itself, or both. Returns each call's error, one of a third call, and sums that are
+    wrong.
     """
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGL_COMM_TIMEOUT", "1")
         comm = sgl_comm.init(group, ctx.device)
-    device = torch.device("cpu") if how == "cuda" else ctx.device
+    device = torch.device("cpu") if how.startswith("cuda") else ctx.device
     tensors = [torch.full((1000,), value, device=device) for value in (1.0, 1000.0)]
     passed = list(tensors)
     if ctx.rank == 0:
-        passed[0] = passed[0].to(how) if how in ("cpu", "cuda") else passed[0][:1].expand(1000)
+        other, overlap = how.removesuffix("overlap").strip(), how.endswith("overlap")
+        passed[0] = passed[0].to(other or device)
+        passed[0] = passed[0][:1].expand(1000) if overlap else passed[0]
     texts = [error_text(lambda x=x: comm.cfg_all_reduce_(x)) for x in passed]
     meet(ctx)
     texts.append(error_text(lambda: comm.cfg_all_reduce(tensors[1])))
@@ -166,7 +169,7 @@ def test_other_dtypes_and_groups_without_shared_memory(ranks: Ranks) -> None:
 WORDS = (
     "rank 0 has refused a call that rank",
     "for rank 0, which never came",
-    "rank 0 has made a call of CUDA tensors that rank",
+    "rank 0 has made a cfg_ call of CUDA tensors that rank",
     "a call of CPU tensors of this group has failed before",
 )
 
@@ -177,7 +180,7 @@ WORDS = (
         *(pytest.param(*param.values, "overlap", marks=param.marks) for param in ranks_on("cpu", (2, 3))),
         *(
             pytest.param(*param.values, how, marks=param.marks)
-            for how in ("overlap", "cpu", "cuda")
+            for how in ("overlap", "cpu", "cuda", "cpu overlap", "cuda overlap")
             for param in ranks_on("cuda", (2, 3))
         ),
     ],
@@ -185,7 +188,7 @@ WORDS = (
 def test_where_one_rank_passes_another_tensor_no_sum_is_wrong(ranks: Ranks, how: str) -> None:
     for rank, texts in enumerate(ranks.run(errors_where_rank_0_differs, how, deadline=60)):
         assert len(texts) == 3, texts
-        if how == "overlap":
+        if how.endswith("overlap"):
             assert ("in which several elements share memory" in texts[0]) == (rank == 0), texts
         assert any(words in texts[2] for words in WORDS), texts
 

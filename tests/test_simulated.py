@@ -185,6 +185,11 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(cfg: Call) -> None:
                     with pytest.raises(RuntimeError, match="several elements share memory"):
                         cfg(overlapping(x), rank.group_name)
             assert all(output.eq(3).all() for output in call_all(ranks, [x] * 3, SUMS["all_reduce"]))
+        for rank in ranks:  # more than are kept
+            for _ in range(200):
+                with pytest.raises(RuntimeError, match="several elements share memory"):
+                    cfg(overlapping(x), rank.group_name)
+        assert all(output.eq(3).all() for output in call_all(ranks, [x] * 3, SUMS["v1"]))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU, of which the group is not")
@@ -208,9 +213,8 @@ def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, mon
     monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
     x = torch.ones(1000, device="cuda")
     with make_simulated(2) as ranks:
-        if name == "v1":
-            ops._v2_settle(ranks[0].group_name, False, "the test wants it so")
-            ops._v2_settle(ranks[1].group_name, False, "the test wants it so")
+        for rank in ranks if name == "v1" else []:
+            ops._v2_settle(rank.group_name, False, "the test wants it so")
         (first,) = call_all(ranks[1:], [x * 5], ops.cfg_all_reduce)
         with pytest.raises(RuntimeError, match="several elements share memory"):
             ops.cfg_all_reduce_(overlapping(x), ranks[0].group_name)
@@ -222,8 +226,9 @@ def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, mon
             ops.all_reduce(x, ranks[1].group_name)
 
 
+@pytest.mark.parametrize("v1", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_refusals_of_different_calls_are_told_apart(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_different_calls_are_told_apart(apart: bool, v1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank refuses once; where one has made a call in between, that is no agreement."""
     monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
     x = torch.ones(1000, device="cuda")
@@ -233,6 +238,8 @@ def test_refusals_of_different_calls_are_told_apart(apart: bool, monkeypatch: py
             ops.cfg_all_reduce_(overlapping(x), rank.group_name)
 
     with make_simulated(2) as ranks:
+        for rank in ranks if v1 else []:
+            ops._v2_settle(rank.group_name, False, "the test wants it so")
         refuse(ranks[0])
         if apart:
             call_all(ranks[1:], [x], ops.cfg_all_reduce)

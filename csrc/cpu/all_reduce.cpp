@@ -122,10 +122,11 @@ Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduc
   return reduced("all_reduce", Call::Kind::kAllReduce, group, input, reduce_op);
 }
 
-void reduce_in_place(const char* op, const Groups::GroupPtr& group, Tensor& input, const std::string& reduce_op) {
+void reduce_in_place(const char* op, Call::Kind kind, const Groups::GroupPtr& group, Tensor& input,
+                     const std::string& reduce_op) {
   in_place(op, input, [&](Tensor& x) {
     if (shm_serves(group, x, reduce_op)) {
-      run(op, Call::Kind::kAllReduce, *group->communicator, x, x);
+      run(op, kind, *group->communicator, x, x);
     } else {
       torch::stable::copy_(x, fallback::all_reduce(op, x, group->name, reduce_op));
     }
@@ -134,16 +135,16 @@ void reduce_in_place(const char* op, const Groups::GroupPtr& group, Tensor& inpu
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name, reduce_op);
-  reduce_in_place("all_reduce_", group, input, reduce_op);
+  reduce_in_place("all_reduce_", Call::Kind::kAllReduce, group, input, reduce_op);
 }
 
 Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce";
   const auto group = groups().find(kOp, group_name);
-  agree_on_call(
+  return call_agreed(
       kOp, group, [&] { check_tensor(kOp, input, reduce_op); },
-      [&] { return describe_cfg_all_reduce(input, reduce_op); });
-  return reduced(kOp, Call::Kind::kAllReduce, group, input, reduce_op);
+      [&] { return describe_cfg_all_reduce(input, reduce_op); },
+      [&] { return reduced(kOp, Call::Kind::kCfgAllReduce, group, input, reduce_op); });
 }
 
 void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
@@ -153,8 +154,9 @@ void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op
     check_tensor(kOp, input, reduce_op);
     check_disjoint(kOp, input);
   };
-  agree_on_call(kOp, group, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); });
-  reduce_in_place(kOp, group, input, reduce_op);
+  call_agreed(
+      kOp, group, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); },
+      [&] { reduce_in_place(kOp, Call::Kind::kCfgAllReduce, group, input, reduce_op); });
 }
 
 }  // namespace

@@ -34,22 +34,44 @@ void broadcast(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffe
       comm.await_arrival(static_cast<int>(src));
       std::memcpy(out + first, slot, length);
     }
-    comm.await_later();
     first += length;
+    // Where the group has a GPU part its peers must be here: they may else wait in a call of CUDA tensors.
+    if (first >= bytes && comm.ledger_shared()) {
+      comm.await_arrivals();
+    } else {
+      comm.await_later();
+    }
   } while (first < bytes);
+}
+
+Tensor received(const char* op, const Groups::GroupPtr& group, const Tensor& input, int64_t src) {
+  if (group->world == 1) return fresh_row_major(op, input);
+  if (group->communicator == nullptr) return fallback::broadcast(op, input, src, group->name, group->rank);
+  Tensor out = group->rank == src ? fresh_row_major(op, input) : empty_row_major(op, input);
+  broadcast(op, *group->communicator, src, out);
+  return out;
+}
+
+void receive_in_place(const char* op, const Groups::GroupPtr& group, Tensor& input, int64_t src) {
+  if (group->world == 1) return;
+  const bool source = group->rank == src;
+  if (group->communicator == nullptr) {
+    const Tensor sent = fallback::broadcast(op, input, src, group->name, group->rank);
+    if (!source) torch::stable::copy_(input, sent);
+  } else if (source) {
+    Tensor in = row_major(input);
+    broadcast(op, *group->communicator, src, in);
+  } else {
+    overwrite(op, input, [&](Tensor& out) { broadcast(op, *group->communicator, src, out); });
+  }
 }
 
 Tensor cfg_broadcast(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = groups().find(kOp, group_name);
-  agree_on_call(
+  return call_agreed(
       kOp, group, [&] { check_broadcast(kOp, input, src, group->world); },
-      [&] { return describe_broadcast(input, src); });
-  if (group->world == 1) return fresh_row_major(kOp, input);
-  if (group->communicator == nullptr) return fallback::broadcast(kOp, input, src, group->name, group->rank);
-  Tensor out = group->rank == src ? fresh_row_major(kOp, input) : empty_row_major(kOp, input);
-  broadcast(kOp, *group->communicator, src, out);
-  return out;
+      [&] { return describe_broadcast(input, src); }, [&] { return received(kOp, group, input, src); });
 }
 
 void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
@@ -59,19 +81,9 @@ void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
     check_broadcast(kOp, input, src, group->world);
     check_disjoint(kOp, input);
   };
-  agree_on_call(kOp, group, checks, [&] { return describe_broadcast(input, src); });
-  if (group->world == 1) return;
-  const bool source = group->rank == src;
-  if (group->communicator == nullptr) {
-    const Tensor sent = fallback::broadcast(kOp, input, src, group->name, group->rank);
-    if (!source) torch::stable::copy_(input, sent);
-    return;
-  }
-  if (source) {
-    Tensor in = row_major(input);
-    return broadcast(kOp, *group->communicator, src, in);
-  }
-  overwrite(kOp, input, [&](Tensor& out) { broadcast(kOp, *group->communicator, src, out); });
+  call_agreed(
+      kOp, group, checks, [&] { return describe_broadcast(input, src); },
+      [&] { receive_in_place(kOp, group, input, src); });
 }
 
 }  // namespace

@@ -42,8 +42,9 @@ int64_t layout_copies() { return num_layout_copies().load(); }
 // For the CUDA library; of a group that has no shared memory, one that nobody else looks at.
 Tensor ledger(const Text& name) {
   const auto group = groups().find_if_settled(name);
-  return group != nullptr && group->communicator != nullptr ? group->communicator->ledger().tensor()
-                                                            : Ledger().tensor();
+  if (group == nullptr || group->communicator == nullptr) return Ledger().tensor();
+  group->communicator->share_ledger();
+  return group->communicator->ledger().tensor();
 }
 
 std::string shm_fault(const Text& name) { return groups().fault(name); }

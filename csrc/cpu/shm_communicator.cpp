@@ -27,6 +27,8 @@ const char* name_of(Call::Kind kind) {
       return "all_gather";
     case Call::Kind::kAllReduceLayerNorm:
       return "tp_attn_all_reduce_and_layernorm";
+    case Call::Kind::kCfgAllReduce:
+      return "cfg_all_reduce";
     case Call::Kind::kBroadcast:
       return "cfg_broadcast";
     case Call::Kind::kCompareCalls:
@@ -89,8 +91,8 @@ std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, Call call) {
   if (__builtin_expect(header_->fault.state.load(std::memory_order_acquire) != 0, 0)) refuse();
   SGL_CHECK(call.count < uint64_t{1} << Call::kCountBits, op, ": got ", call.count, " elements; expected fewer than 2^",
             Call::kCountBits);
-  call.refused = num_refused_;
-  call.cuda_calls = ledger_.num_cuda_calls() & ((1u << Call::kCudaCallsBits) - 1);
+  call.refused = ledger_.num_refusals() & ((1u << Call::kRefusedBits) - 1);
+  if (call.is_cfg()) call.cuda_calls = ledger_.num_cuda_calls() & ((1u << Call::kCudaCallsBits) - 1);
   call_ = call;
   ++sequence_;
   return lock;
@@ -98,8 +100,13 @@ std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, Call call) {
 
 void ShmCommunicator::count_refusal() {
   const std::unique_lock lock(mutex_);
-  ++num_refused_;
+  ledger_.count_refusal();
   ++sequence_;
+}
+
+uint64_t ShmCommunicator::sequence() {
+  const std::unique_lock lock(mutex_);
+  return sequence_;
 }
 
 void ShmCommunicator::arrive() {
@@ -213,12 +220,13 @@ std::string ShmCommunicator::fault() const {
       break;
     case FaultKind::kMismatch: {
       const Call own = Call::unpacked(fault.call), other = Call::unpacked(fault.peer_call);
-      const auto ahead = [&](bool finder_is) { return finder_is ? finder : peer; };
-      if (const auto more = static_cast<int8_t>(own.refused - other.refused); more != 0) {
-        text << ahead(more > 0) << " has refused a call that " << ahead(more < 0) << " made, before";
-      } else if (own.cuda_calls != other.cuda_calls) {
-        const bool more_here = ((own.cuda_calls - other.cuda_calls) & (1 << (Call::kCudaCallsBits - 1))) == 0;
-        text << ahead(more_here) << " has made a call of CUDA tensors that " << ahead(!more_here) << " has not, before";
+      const auto one = [&](bool finder_is) { return finder_is ? finder : peer; };
+      if (const int more = Call::ahead(own.refused, other.refused, Call::kRefusedBits); more != 0) {
+        text << one(more > 0) << " has refused a call that " << one(more < 0) << " made, before";
+      } else if (own.is_cfg() && other.is_cfg() && own.cuda_calls != other.cuda_calls) {
+        const bool more_here = Call::ahead(own.cuda_calls, other.cuda_calls, Call::kCudaCallsBits) > 0;
+        text << one(more_here) << " has made a cfg_ call of CUDA tensors that " << one(!more_here)
+             << " has not, before";
       } else {
         text << finder << " called " << describe(fault.call) << " where " << peer << " called "
              << describe(fault.peer_call) << ", in";

@@ -40,31 +40,51 @@ struct Call {
     kAllReduceLayerNorm = 4,
     kBroadcast = 5,
     kCompareCalls = 6,
+    kCfgAllReduce = 7,
   };
-  static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 8, kCudaCallsBits = 4;
+  static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 6, kDTypeBits = 6, kCudaCallsBits = 8;
 
   Kind kind;
   torch::headeronly::ScalarType dtype;
   uint64_t count;      // of a rank's input
   uint8_t source = 0;  // a broadcast's
-  // Set by begin(): the last bits of how many calls this rank has refused and counted, and of CUDA tensors made.
+  // Set by begin(): the last bits of how many cfg_ calls this rank has refused and, of a cfg_ call, of how many it has
+  // made of CUDA tensors.
   uint8_t refused = 0, cuda_calls = 0;
 
+  bool is_cfg() const { return kind == Kind::kCfgAllReduce || kind == Kind::kBroadcast; }
+
   uint64_t packed() const {
-    return uint64_t(kind) << 60 | uint64_t(cuda_calls) << 56 | uint64_t(dtype) << 48 |
-           uint64_t(refused) << (kCountBits + kSourceBits) | uint64_t(source) << kCountBits | count;
+    uint64_t word = uint64_t(kind);
+    word = word << kCudaCallsBits | cuda_calls;
+    word = word << kDTypeBits | uint64_t(dtype);
+    word = word << kRefusedBits | refused;
+    word = word << kSourceBits | source;
+    return word << kCountBits | count;
   }
   static Call unpacked(uint64_t word) {
-    const auto bits = [&](int first, int number) { return word >> first & ((uint64_t{1} << number) - 1); };
-    return {Kind(bits(60, 4)),
-            torch::headeronly::ScalarType(bits(48, 8)),
-            bits(0, kCountBits),
-            uint8_t(bits(kCountBits, kSourceBits)),
-            uint8_t(bits(kCountBits + kSourceBits, kRefusedBits)),
-            uint8_t(bits(56, kCudaCallsBits))};
+    const auto take = [&](int number) {
+      const uint64_t bits = word & ((uint64_t{1} << number) - 1);
+      word >>= number;
+      return bits;
+    };
+    Call call{};
+    call.count = take(kCountBits);
+    call.source = take(kSourceBits);
+    call.refused = take(kRefusedBits);
+    call.dtype = torch::headeronly::ScalarType(take(kDTypeBits));
+    call.cuda_calls = take(kCudaCallsBits);
+    call.kind = Kind(word);
+    return call;
+  }
+  // Of two numbers of which the last `bits` bits are known: above 0 if the first is the larger.
+  static int ahead(uint8_t a, uint8_t b, int bits) {
+    const int difference = (a - b) & ((1 << bits) - 1);
+    return difference == 0 ? 0 : difference < 1 << (bits - 1) ? 1 : -1;
   }
 };
 static_assert(kMaxWorld <= 1 << Call::kSourceBits);
+static_assert(static_cast<int>(torch::headeronly::ScalarType::NumOptions) <= 1 << Call::kDTypeBits);
 
 // What a rank tells the others at init, as bytes over their own group.
 struct ShmHandle {
@@ -93,6 +113,8 @@ class ShmCommunicator {
   // Counts a call that this rank has refused: all ranks that did so are in step still, and where others made it the
   // next call of any rank fails on all.
   void count_refusal();
+  // How many collectives this rank has begun or refused.
+  uint64_t sequence();
   // A collective is one or more of: next_step, write slot(rank()), arrive, await every peer's arrival, read the slots;
   // and where the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
   void next_step() {
@@ -114,6 +136,8 @@ class ShmCommunicator {
 
   // For the CUDA library's part of the group.
   const Ledger& ledger() const { return ledger_; }
+  void share_ledger() { ledger_shared_ = true; }
+  bool ledger_shared() const { return ledger_shared_; }
 
  private:
   enum class FaultKind : int32_t { kTimeout, kDied, kClosed, kMismatch };
@@ -162,8 +186,8 @@ class ShmCommunicator {
   uint64_t step_;
   std::optional<Moment> behind_;  // the step before this one, of which not every arrival has been seen
   uint64_t sequence_ = 0;
-  uint8_t num_refused_ = 0;
   Ledger ledger_;
+  bool ledger_shared_ = false;
   const char* op_ = "";
   Call call_{};
 };

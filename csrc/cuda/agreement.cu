@@ -3,6 +3,19 @@
 
 namespace sgl_comm::cuda {
 
+void count_refusal(const GroupsV2::GroupPtr& group) {
+  const auto pull = groups_v1().find_if_settled(group->name);
+  DeviceCommunicator* const communicators[] = {group->communicator.get(),
+                                               pull != nullptr ? pull->communicator.get() : nullptr};
+  bool counted = false;
+  for (DeviceCommunicator* comm : communicators) {
+    if (comm == nullptr) continue;
+    if (!counted) comm->ledger().count_refusal();
+    counted = true;
+    comm->tell_refusals();
+  }
+}
+
 // Through Python, since from here the dispatcher loses an error's cause.
 void compare_calls(const char* op, const std::string& group_name, const std::string& text, bool refused) {
   const python::Gil gil;

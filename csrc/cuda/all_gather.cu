@@ -24,7 +24,7 @@ void push_all_gather(CommunicatorV2& comm, const Tensor& in, Tensor& out) {
   device::Message message{comm.view(), in.const_data_ptr(), out.mutable_data_ptr(), 0,
                           0,           packs_of(bytes),     device::kAllGather,     true};
   const Unit unit = unit_for(message.in, message.out, bytes);
-  message.shard_count = count_of(unit, bytes);
+  message.shard_count = elements_of(unit, bytes);
   message.count = message.shard_count * comm.world();
 
   constexpr int64_t kRowBytes = device::kRowPacks * device::kPackBytes;

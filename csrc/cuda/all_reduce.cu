@@ -95,10 +95,9 @@ void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
 Tensor cfg_all_reduce(const Tensor& input, const Text& group_name, const Text& reduce_op) {
   constexpr const char* kOp = "cfg_all_reduce";
   const auto group = groups_v2().find(kOp, group_name);
-  agree_on_call(
+  return call_agreed(
       kOp, group, input, [&] { check_tensor(kOp, input, reduce_op); },
-      [&] { return describe_cfg_all_reduce(input, reduce_op); });
-  return reduced(kOp, group, input, reduce_op);
+      [&] { return describe_cfg_all_reduce(input, reduce_op); }, [&] { return reduced(kOp, group, input, reduce_op); });
 }
 
 void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
@@ -108,8 +107,9 @@ void cfg_all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op
     check_tensor(kOp, input, reduce_op);
     check_disjoint(kOp, input);
   };
-  agree_on_call(kOp, group, input, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); });
-  reduce_in_place(kOp, group, input, reduce_op);
+  call_agreed(
+      kOp, group, input, checks, [&] { return describe_cfg_all_reduce(input, reduce_op); },
+      [&] { reduce_in_place(kOp, group, input, reduce_op); });
 }
 
 void check_dtype(const char* op, const Tensor& input) {

@@ -43,6 +43,7 @@ void pull_all_reduce(const char* op, CommunicatorV1& comm, const Tensor& in, Ten
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
   const DeviceScope scope(comm.device());
   const cudaStream_t stream = current_stream(comm.device());
+  if (count > 0) comm.count_call();
   for (int64_t first = 0; first < count; first += piece) {
     const int64_t offset = first * static_cast<int64_t>(size_of(dtype));
     pull_piece(op, comm, dtype, from + offset, to + offset, std::min(piece, count - first), stream);

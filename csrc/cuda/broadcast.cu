@@ -30,28 +30,50 @@ void push_broadcast(const char* op, CommunicatorV2& comm, int64_t src, int64_t b
   const Unit unit = unit_for(in, out, bytes);
   constexpr int64_t kRowBytes = device::kRowData * device::kPackBytes;
   const int64_t rows = (bytes + kRowBytes - 1) / kRowBytes;
-  const device::BroadcastMessage message{comm.view(),           in,          out, count_of(unit, bytes), rows,
+  const device::BroadcastMessage message{comm.view(),           in,          out, elements_of(unit, bytes), rows,
                                          static_cast<int>(src), comm.world()};
   launch_in_order(op, comm, broadcast_kernel(unit), shape_for(comm.limits(), rows), message);
+}
+
+Tensor received(const char* op, const GroupsV2::GroupPtr& group, const Tensor& input, int64_t src) {
+  if (group->world == 1) return fresh_row_major(op, input);
+  if (group->communicator == nullptr) {
+    refuse_uncapturable(op, *group, input);
+    return fallback::broadcast(op, input, src, group->name, group->rank);
+  }
+  CommunicatorV2& comm = *group->communicator;
+  check_usable(op, comm, input);
+  Tensor out = empty_row_major(op, input);
+  const Tensor in = group->rank == src ? row_major(input) : Tensor();
+  push_broadcast(op, comm, src, num_bytes(out), in.defined() ? in.const_data_ptr() : nullptr, out.mutable_data_ptr());
+  return out;
+}
+
+void receive_in_place(const char* op, const GroupsV2::GroupPtr& group, Tensor& input, int64_t src) {
+  if (group->world == 1) return;
+  const bool source = group->rank == src;
+  if (group->communicator == nullptr) {
+    refuse_uncapturable(op, *group, input);
+    const Tensor sent = fallback::broadcast(op, input, src, group->name, group->rank);
+    if (!source) torch::stable::copy_(input, sent);
+    return;
+  }
+  CommunicatorV2& comm = *group->communicator;
+  check_usable(op, comm, input);
+  if (source) {
+    const Tensor in = row_major(input);
+    return push_broadcast(op, comm, src, num_bytes(in), in.const_data_ptr(), nullptr);
+  }
+  overwrite(op, input,
+            [&](Tensor& out) { push_broadcast(op, comm, src, num_bytes(out), nullptr, out.mutable_data_ptr()); });
 }
 
 Tensor cfg_broadcast(const Tensor& input, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "cfg_broadcast";
   const auto group = groups_v2().find(kOp, group_name);
-  agree_on_call(
+  return call_agreed(
       kOp, group, input, [&] { check_broadcast(kOp, input, src, group->world); },
-      [&] { return describe_broadcast(input, src); });
-  if (group->world == 1) return fresh_row_major(kOp, input);
-  if (group->communicator == nullptr) {
-    refuse_uncapturable(kOp, *group, input);
-    return fallback::broadcast(kOp, input, src, group->name, group->rank);
-  }
-  CommunicatorV2& comm = *group->communicator;
-  check_usable(kOp, comm, input);
-  Tensor out = empty_row_major(kOp, input);
-  const Tensor in = group->rank == src ? row_major(input) : Tensor();
-  push_broadcast(kOp, comm, src, num_bytes(out), in.defined() ? in.const_data_ptr() : nullptr, out.mutable_data_ptr());
-  return out;
+      [&] { return describe_broadcast(input, src); }, [&] { return received(kOp, group, input, src); });
 }
 
 void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
@@ -61,23 +83,9 @@ void cfg_broadcast_(Tensor input, int64_t src, const Text& group_name) {
     check_broadcast(kOp, input, src, group->world);
     check_disjoint(kOp, input);
   };
-  agree_on_call(kOp, group, input, checks, [&] { return describe_broadcast(input, src); });
-  if (group->world == 1) return;
-  const bool source = group->rank == src;
-  if (group->communicator == nullptr) {
-    refuse_uncapturable(kOp, *group, input);
-    const Tensor sent = fallback::broadcast(kOp, input, src, group->name, group->rank);
-    if (!source) torch::stable::copy_(input, sent);
-    return;
-  }
-  CommunicatorV2& comm = *group->communicator;
-  check_usable(kOp, comm, input);
-  if (source) {
-    const Tensor in = row_major(input);
-    return push_broadcast(kOp, comm, src, num_bytes(in), in.const_data_ptr(), nullptr);
-  }
-  overwrite(kOp, input,
-            [&](Tensor& out) { push_broadcast(kOp, comm, src, num_bytes(out), nullptr, out.mutable_data_ptr()); });
+  call_agreed(
+      kOp, group, input, checks, [&] { return describe_broadcast(input, src); },
+      [&] { receive_in_place(kOp, group, input, src); });
 }
 
 }  // namespace

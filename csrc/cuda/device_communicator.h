@@ -2,6 +2,7 @@
 // the order of its calls.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -34,14 +35,17 @@ class DeviceCommunicator {
   const Residency& limits() const { return limits_; }
   StreamOrder& order() { return order_; }
 
-  // Calls that this rank refused and its peers may have made: counted; and, before the next call, waited for until all
-  // ranks have refused as many, after as many calls, or the group has failed.
-  void count_refusal() { group_.count_refusal(ledger_.num_cuda_calls()); }
+  // Calls that this rank refused and its peers may have made: told to the peers, and waited for before the next call,
+  // until all ranks have refused as many, after as many calls, or the group has failed.
+  void tell_refusals() { group_.tell_refusals(ledger_.num_refusals(), num_calls()); }
   void settle_refusals() {
-    if (__builtin_expect(group_.refusals_pending(), 0)) group_.settle_refusals();
+    const uint64_t refusals = ledger_.num_refusals();
+    if (__builtin_expect(refusals != group_.settled_refusals(), 0)) group_.settle_refusals(refusals, num_calls());
   }
-  void count_call() { ledger_.count_cuda_call(); }
-  bool cpu_failed() const { return ledger_.cpu_failed(); }
+  void count_call() { num_calls_.fetch_add(1, std::memory_order_relaxed); }
+  uint64_t num_calls() const { return num_calls_.load(std::memory_order_relaxed); }
+
+  const Ledger& ledger() const { return ledger_; }
 
   // Set-up goes publish(), of the protocol; attach(), when the handles have gone round the group; settle().
   void settle() { group_.settle(); }
@@ -59,7 +63,8 @@ class DeviceCommunicator {
  private:
   DeviceGroup group_;
   const Thresholds thresholds_;
-  Ledger ledger_;
+  const Ledger ledger_;
+  std::atomic<uint64_t> num_calls_{0};  // eager ones and captured ones
   Residency limits_;
   StreamOrder order_;
 };

@@ -160,27 +160,26 @@ void DeviceGroup::fail(const device::AbortCode& code) {
   reinterpret_cast<std::atomic<uint32_t>*>(&host_abort_->abort)->store(code.packed(), std::memory_order_release);
 }
 
-void DeviceGroup::count_refusal(uint64_t num_calls) {
-  std::lock_guard lock(refusals_mutex_);
-  last_refusal_ = {last_refusal_.number + 1, num_calls};
-  peer_states()[rank_].refusals[last_refusal_.number % PeerState::kKept].store(last_refusal_.packed(),
-                                                                               std::memory_order_release);
-  refusals_pending_.store(true, std::memory_order_release);
+void DeviceGroup::tell_refusals(uint64_t refusals, uint64_t calls) {
+  peer_states()[rank_].refusals[refusals % PeerState::kKept].store(Refusal{refusals, calls}.packed(),
+                                                                   std::memory_order_release);
 }
 
 DeviceGroup::Answer DeviceGroup::answer_of(int peer, const Refusal& own) const {
   const uint64_t told = peer_states()[peer].refusals[own.number % PeerState::kKept].load(std::memory_order_acquire);
-  if (told == own.packed()) return Answer::kRefused;
-  return told >> Refusal::kCallBits < own.number ? Answer::kNotYet : Answer::kAnother;
+  const uint64_t number = told >> Refusal::kCallBits;
+  if (number < own.number) return Answer::kNotYet;
+  return number > own.number || told == own.packed() ? Answer::kRefused : Answer::kAnother;
 }
 
-void DeviceGroup::settle_refusals() {
+void DeviceGroup::settle_refusals(uint64_t refusals, uint64_t calls) {
   std::lock_guard lock(refusals_mutex_);
-  if (!refusals_pending()) return;
+  if (settled_refusals() == refusals) return;
+  tell_refusals(refusals, calls);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_);
   for (int r = 0; r < world_; ++r) {
     Answer answer{};
-    while (!failed() && (answer = answer_of(r, last_refusal_)) == Answer::kNotYet) {
+    while (!failed() && (answer = answer_of(r, {refusals, calls})) == Answer::kNotYet) {
       if (std::chrono::steady_clock::now() >= deadline) break;
       std::this_thread::sleep_for(kRefusalInterval);
     }
@@ -189,7 +188,7 @@ void DeviceGroup::settle_refusals() {
       return fail({static_cast<uint32_t>(rank_), static_cast<uint32_t>(r), device::AbortCode::kRefused});
     }
   }
-  refusals_pending_.store(false, std::memory_order_release);
+  settled_refusals_.store(refusals, std::memory_order_release);
 }
 
 std::string DeviceGroup::fault() const {

@@ -57,22 +57,24 @@ class DeviceGroup {
   std::string fault() const;
 
   // A call that this rank alone refused would leave it one call ahead of its peers, whose data a later call of its own
-  // would meet. So each rank tells the others after how many calls it has refused one, in host memory; and a rank that
-  // has refused makes its next call when every peer has done so too, or fails the group, at the deadline at the latest.
-  void count_refusal(uint64_t num_calls);
-  bool refusals_pending() const { return refusals_pending_.load(std::memory_order_acquire); }
-  void settle_refusals();
+  // would meet. So each rank tells the others, in host memory, how many calls it has refused when it had made so many;
+  // and a rank that has refused makes its next call when every peer has told the same, or fails the group, at the
+  // deadline at the latest.
+  void tell_refusals(uint64_t refusals, uint64_t calls);
+  void settle_refusals(uint64_t refusals, uint64_t calls);
+  uint64_t settled_refusals() const { return settled_refusals_.load(std::memory_order_acquire); }
 
  private:
-  // The last refusals of a rank, the k-th at k % kKept. A peer that is far ahead has settled those before.
+  // The last refusals of a rank, the k-th at k % kKept. A peer that is further ahead has settled those before with this
+  // rank, or makes no call before it has settled later ones.
   struct PeerState {
-    static constexpr uint64_t kKept = 16;
+    static constexpr uint64_t kKept = 64;
     std::atomic<uint32_t> unmapped;
     std::atomic<uint64_t> refusals[kKept];
   };
   struct Refusal {
     static constexpr int kCallBits = 40;
-    uint64_t number, calls;  // from 1 on; how many calls this rank had made
+    uint64_t number, calls;
     uint64_t packed() const { return number << kCallBits | (calls & ((uint64_t{1} << kCallBits) - 1)); }
   };
   enum class Answer { kRefused, kNotYet, kAnother };
@@ -105,8 +107,7 @@ class DeviceGroup {
   device::GroupView view_{};
   int most_on_a_device_ = 1;
   std::mutex refusals_mutex_;
-  Refusal last_refusal_{};
-  std::atomic<bool> refusals_pending_{false};
+  std::atomic<uint64_t> settled_refusals_{0};
   std::thread watcher_;
   std::mutex watcher_mutex_;
   std::condition_variable watcher_wake_;

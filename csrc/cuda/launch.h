@@ -32,7 +32,8 @@ void check_usable(const char* op, Communicator& comm, const Tensor& input) {
   check_on_device(op, comm, input);
   comm.settle_refusals();
   SGL_CHECK(!comm.failed(), op, ": rank ", comm.rank(), ": ", comm.fault());
-  SGL_CHECK(!comm.cpu_failed(), op, ": rank ", comm.rank(), ": a call of CPU tensors of this group has failed before,",
+  SGL_CHECK(!comm.ledger().cpu_failed(), op, ": rank ", comm.rank(),
+            ": a call of CPU tensors of this group has failed before,",
             " which a peer may have made with CUDA tensors. The communicator is unusable: close() it and init() again");
 }
 

@@ -20,8 +20,8 @@ inline Unit unit_for(const void* in, const void* out, int64_t bytes) {
   const auto suits = [&](int64_t size) { return (address_of(in) | address_of(out) | bytes) % size == 0; };
   return suits(device::kPackBytes) ? Unit::kPacks : suits(2) ? Unit::kBytePairs : Unit::kBytes;
 }
-// How many of what such a kernel counts: of its Bits.
-inline int64_t count_of(Unit unit, int64_t bytes) { return unit == Unit::kBytes ? bytes : bytes / 2; }
+// What such a kernel counts: pairs of bytes, or bytes.
+inline int64_t elements_of(Unit unit, int64_t bytes) { return unit == Unit::kBytes ? bytes : bytes / 2; }
 
 // How often a thread of a one-shot takes a pack: once, as often as it has to, or in tiles through a ring.
 enum class Rounds { kOne, kMany, kRing };

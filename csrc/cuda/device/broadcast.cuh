@@ -52,7 +52,8 @@ class Counts {
            (place * kBroadcastRows + threadIdx.x / 32) * kBroadcastRowBytes;
   }
 
-  // At the start of the launch: this block is done with all before it, which have ended with what they have emptied.
+  // At the start of the launch: this block is done with all before it. That the kernel before has ended stands for the
+  // release. (A source need not tell; it does, so that later ones need not wait for it.)
   __device__ __forceinline__ void tell_start() const {
     const int peer = threadIdx.x;
     if (is_peer(peer)) ptx::store_relaxed_sys_u64(told_to(peer), first_);
@@ -165,8 +166,7 @@ __device__ __forceinline__ Trouble take_row(const BroadcastMessage& m, const War
     return no_pack || no_marks;
   };
   const bool here = await(m.view.group, incomplete, m.world > 2);
-  __syncwarp();  // all have read the marks before one of them empties their place
-  if (!here) return m.source;
+  if (!__all_sync(kWholeWarp, here)) return m.source;  // all have read the marks before one empties their place
   *reinterpret_cast<uint4*>(place) = sentinel_pack();
   if (warp.lane % 16 == 0) *reinterpret_cast<uint4*>(marked) = sentinel_pack();
   fetched.pack = with_marked_sentinels(fetched.pack, fetched.marks);
@@ -202,7 +202,7 @@ __device__ __forceinline__ Trouble take_tiles(const BroadcastMessage& m, const W
   return trouble;
 }
 
-// 0xFF in every byte of the result that is this warp's, and a word for the host.
+// 0xFF in every byte of the result that this thread would have written, and a word for the host.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void give_up_broadcast(const BroadcastMessage& m, const Warp& warp, const Start& start,
                                                   Trouble trouble) {
@@ -218,11 +218,12 @@ template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kBroadcastThreads, 4) broadcast_kernel(const __grid_constant__ BroadcastMessage m) {
   const Warp warp = warp_in_grid();
   const int64_t num_tiles = (m.num_rows + warp.place.count - 1) / warp.place.count;
-  const bool small = blockDim.x <= 64, source = m.view.group.rank == m.source;
+  // Whoever may meet others of its block in between must see the same start as they.
+  const bool warps_apart = blockDim.x <= 64 && num_tiles == 1, source = m.view.group.rank == m.source;
   ptx::wait_for_previous_kernel();
   if (num_tiles == 1) ptx::launch_next_kernel();
   Counts counts(m);
-  const Start start = small ? read_start<false>(m.view.group) : read_start<true>(m.view.group);
+  const Start start = warps_apart ? read_start<false>(m.view.group) : read_start<true>(m.view.group);
   uint4 pack{};
   if (source) {
     pack = load_of_row<T, kWhole>(m, warp, warp.place.index);
@@ -231,7 +232,9 @@ __global__ void __launch_bounds__(kBroadcastThreads, 4) broadcast_kernel(const _
   counts.tell_start();
   const Entry entry = enter_with<false>(m.view.group, start, [](const Baton& baton) { return baton.passed_on(); });
   Trouble trouble = start.trouble();
-  if (trouble == kFine) {
+  if (__any_sync(kWholeWarp, trouble != kFine)) {
+    trouble = trouble != kFine ? trouble : kFailedBefore;
+  } else {
     trouble = source ? push_tiles<T, kWhole>(m, warp, counts, pack)
                      : take_tiles<T, kWhole>(m, warp, start, counts, num_tiles);
   }

@@ -119,7 +119,7 @@ __device__ __forceinline__ void fail_group(const GroupView& group, int world, Tr
 // first, the last block to add finds another's addition in the counter; or there was none yet, and then every block of
 // the other that has read e adds to a counter that has passed e. If the epochs are apart, read_start() has found that
 // the block that completed the earlier one has not ended. Some other block may not have ended either, which is not
-// seen; it may then wait in vain, until its deadline.
+// seen; it may then wait in vain, until its deadline, or, of a broadcast, get what the other launch was to have.
 __device__ __forceinline__ bool leave(const Entry& entry) {
   if (threadIdx.x != 0) return true;
   const Ending& ending = entry.ending;

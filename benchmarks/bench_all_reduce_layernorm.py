@@ -11,9 +11,7 @@ graphs on GPUs, have it once more with NCCL's or gloo's sum; simulated ones have
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,6 @@ from sgl_comm.layers import LayerGroups, ParallelConfig
 from sgl_comm.testing import RankContext, make_simulated, wrong_elements
 from sgl_comm.tools import bench, report, timing
 from sgl_comm.tools.contenders import Contender, peer_group
-from sgl_comm.tools.environment import environment
 from sgl_comm.tools.simulated_timing import Call, graph_microseconds
 
 EPS = 1e-6
@@ -168,27 +165,20 @@ def main() -> int:
     bench.check_common_arguments(args, parser)
     shapes = [(tokens, hidden) for hidden in args.hidden for tokens in args.tokens]
     if args.simulated:
-        write(args.json, {"gpu": torch.cuda.get_device_name()}, simulate(args.simulated, shapes))
+        report.write_json(args.json, {"gpu": torch.cuda.get_device_name()}, simulate(args.simulated, shapes))
         return 0
     with bench.ranks_of(args) as ranks:
         found = ranks.measure(measure, shapes, args.iters, bench.DTYPES[args.dtype])
-        setting = {
-            **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(bench.backend_of),
-            "ranks": ranks.placing, "dtype": args.dtype, "norm": "RMSNorm",
-        }  # fmt: skip
+        setting = bench.setting_of(ranks, dtype=args.dtype, norm="RMSNorm")
     if ranks.leads:
         report.print_setting(setting)
         print_heads(list(next(iter(found.values()))))
         for (tokens, hidden), times in found.items():
             print_row(ranks.world, tokens, hidden, times)
-        write(args.json, setting, {f"{tokens} x {hidden}": times for (tokens, hidden), times in found.items()})
+        report.write_json(
+            args.json, setting, {f"{tokens} x {hidden}": times for (tokens, hidden), times in found.items()}
+        )
     return int(any(times["#wrong"] for times in found.values()))
-
-
-def write(file: Path | None, setting: dict[str, object], results: Results) -> None:
-    """All figures as JSON, if they are wanted."""
-    if file is not None:
-        file.write_text(json.dumps({"environment": setting, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +21,6 @@ from sgl_comm import ops
 from sgl_comm.testing import RankContext
 from sgl_comm.tools import bench, report, timing
 from sgl_comm.tools.contenders import Contender, peer_group
-from sgl_comm.tools.environment import environment
 
 BUDGET_S = 2.0
 SOURCES = {"rank 0": lambda world: [0], "by turns": lambda world: list(range(world))}
@@ -95,13 +92,11 @@ def main() -> int:
     bench.check_common_arguments(args, parser)
     with bench.ranks_of(args) as ranks:
         found = ranks.measure(measure, args.sizes, args.iters)
-        setting = {
-            **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(bench.backend_of),
-            "ranks": ranks.placing,
-        }  # fmt: skip
+        setting = bench.setting_of(ranks)
     if ranks.leads:
         print_table(setting, found)
-        write(args.json, setting, found)
+        rows = {f"{way}, {size} bytes": times for (way, size), times in found.items()}
+        report.write_json(args.json, setting, rows)
     return int(any(times["#wrong"] for times in found.values()))
 
 
@@ -112,13 +107,6 @@ def print_table(setting: dict[str, object], found: dict[tuple[str, int], dict[st
     print(f"{'from':>10} {'bytes':>10} " + " ".join(f"{name:>16}" for name in names))
     for (way, size), times in found.items():
         print(f"{way:>10} {size:10d} " + " ".join(f"{report.rounded(time):>16}" for time in times.values()))
-
-
-def write(file: Path | None, setting: dict[str, object], found: dict[tuple[str, int], dict[str, float]]) -> None:
-    """All figures as JSON, if they are wanted."""
-    if file is not None:
-        rows = {f"{way}, {size} bytes": times for (way, size), times in found.items()}
-        file.write_text(json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from sgl_comm import ops, reference
 from sgl_comm.testing import RankContext, wrong_elements
 from sgl_comm.tools import bench, report, timing
 from sgl_comm.tools.contenders import Contender
-from sgl_comm.tools.environment import environment
 
 CHANNELS = 16
 BUDGET_S = 2.0
@@ -109,13 +106,11 @@ def main() -> int:
     bench.check_common_arguments(args, parser)
     with bench.ranks_of(args) as ranks:
         found = ranks.measure(measure, args.sizes, args.iters, bench.DTYPES[args.dtype])
-        setting = {
-            **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(bench.backend_of),
-            "ranks": ranks.placing, "dtype": args.dtype,
-        }  # fmt: skip
+        setting = bench.setting_of(ranks, dtype=args.dtype)
     if ranks.leads:
         print_table(setting, found)
-        write(args.json, setting, found)
+        rows = {f"{layout}, {size} bytes": times for (layout, size), times in found.items()}
+        report.write_json(args.json, setting, rows)
     return int(any(times["#wrong"] for times in found.values()))
 
 
@@ -127,13 +122,6 @@ def print_table(setting: dict[str, object], found: dict[tuple[str, int], dict[st
     for (layout, size), times in found.items():
         columns = " ".join(f"{report.rounded(time):>16}" for time in times.values())
         print(f"{layout:>14} {size:10d} {columns} {times['cfg_all_reduce_'] / times['by hand']:6.2f}")
-
-
-def write(file: Path | None, setting: dict[str, object], found: dict[tuple[str, int], dict[str, float]]) -> None:
-    """All figures as JSON, if they are wanted."""
-    if file is not None:
-        rows = {f"{layout}, {size} bytes": times for (layout, size), times in found.items()}
-        file.write_text(json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from sgl_comm.models.greedy import best
 from sgl_comm.testing import RankContext, wrong_elements
 from sgl_comm.tools import bench, report, timing
 from sgl_comm.tools.contenders import Contender, peer_group
-from sgl_comm.tools.environment import environment
 from sgl_comm.tools.timing import Timing
 
 CHECKED_STEPS = 4
@@ -246,22 +244,19 @@ def main() -> int:
         context = args.context or (1024 if ranks.device == "cuda" else 128)
         if context <= CHECKED_STEPS:
             parser.error(f"--context must be above {CHECKED_STEPS}")
-        config, backend = config_of(args, ranks.device), ranks.measure(bench.backend_of)
-        graphs = bench.in_graphs(ranks.device, backend)
+        config, setting = config_of(args, ranks.device), bench.setting_of(ranks)
+        graphs = bench.in_graphs(ranks.device, setting["backend"])
         with report.progress(ranks.leads, "measuring"):
             figures = ranks.measure(measure, config, Plan(args.batch, context, args.iters, graphs, args.compile))
-        setting = {
-            **environment(), "world": ranks.world, "device": ranks.device, "backend": backend,
-            "ranks": ranks.placing, "form": f"CUDA graphs of {GRAPH_STEPS} steps" if graphs else "eager",
+        setting |= {
+            "form": f"CUDA graphs of {GRAPH_STEPS} steps" if graphs else "eager",
             "model": args.model, "compiled": args.compile, "context": context, **dataclasses.asdict(config),
             "dtype": str(config.dtype),
         }  # fmt: skip
     if ranks.leads:
         report.print_setting(setting)
         print_table(figures)
-        if args.json:
-            rows = [dataclasses.asdict(each) for each in figures]
-            args.json.write_text(json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
+        report.write_json(args.json, setting, [dataclasses.asdict(each) for each in figures])
     return int(any(each.wrong for each in figures))
 
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_all_reduce_layernorm as bench_norm
 import torch
+from benchmark_runs import run_benchmark
 
-import sgl_comm
 from sgl_comm.testing import RankContext, run_ranks
 
 
 def test_the_table_and_the_json(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    options = ["--device", "cpu", "--hidden", "64", "--tokens", "1", "3", "--iters", "2", "--json", str(file)]
-    environ = os.environ | {"PYTHONPATH": str(Path(sgl_comm.__file__).parents[1])}
-    command = [sys.executable, bench_norm.__file__, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
-    assert done.returncode == 0, done.stderr
+    heads, rows, figures = run_benchmark(bench_norm, tmp_path, "--hidden", "64", "--tokens", "1", "3")
     names = ["fused", "unfused", "gloo and norm", "#wrong"]
-    heads, *rows = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert all(name in heads for name in names)
     assert [row.split()[:3] for row in rows] == [["2", "64", "1"], ["2", "64", "3"]]
-    figures = json.loads(file.read_text())
     assert figures["environment"]["backend"] == "shm"
     assert list(figures["rows"]) == ["1 x 64", "3 x 64"]
     for times in figures["rows"].values():

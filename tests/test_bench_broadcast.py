@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_broadcast
+from benchmark_runs import run_benchmark
 
-import sgl_comm
 from sgl_comm.testing import RankContext, run_ranks
 
 
 def test_the_table_and_the_json(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    options = ["--device", "cpu", "--sizes", "1K", "64K", "--iters", "2", "--json", str(file)]
-    environ = os.environ | {"PYTHONPATH": str(Path(sgl_comm.__file__).parents[1])}
-    command = [sys.executable, bench_broadcast.__file__, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
-    assert done.returncode == 0, done.stderr
-    heads, *rows = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    heads, rows, figures = run_benchmark(bench_broadcast, tmp_path, "--sizes", "1K", "64K")
     assert heads.split() == ["from", "bytes", "cfg_broadcast_", "gloo", "#wrong"]
-    figures = json.loads(file.read_text())["rows"]
-    assert len(rows) == len(figures) == 2 * len(bench_broadcast.SOURCES)
-    for times in figures.values():
+    assert len(rows) == len(figures["rows"]) == 2 * len(bench_broadcast.SOURCES)
+    for times in figures["rows"].values():
         assert times["#wrong"] == 0
         assert times["cfg_broadcast_"] > 0
         assert times["gloo"] > 0

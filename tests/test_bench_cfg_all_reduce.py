@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_cfg_all_reduce as bench_cfg
 import torch
+from benchmark_runs import run_benchmark
 
-import sgl_comm
 from sgl_comm.testing import RankContext, run_ranks
 
 
 def test_the_table_and_the_json(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    options = ["--device", "cpu", "--sizes", "1K", "64K", "--iters", "2", "--json", str(file)]
-    environ = os.environ | {"PYTHONPATH": str(Path(sgl_comm.__file__).parents[1])}
-    command = [sys.executable, bench_cfg.__file__, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
-    assert done.returncode == 0, done.stderr
-    heads, *rows = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    heads, rows, figures = run_benchmark(bench_cfg, tmp_path, "--sizes", "1K", "64K")
     assert heads.split() == ["layout", "bytes", "cfg_all_reduce_", "by", "hand", "#wrong", "ratio"]
-    figures = json.loads(file.read_text())["rows"]
-    assert len(rows) == len(figures) == 2 * len(bench_cfg.LAYOUTS)
-    for times in figures.values():
+    assert len(rows) == len(figures["rows"]) == 2 * len(bench_cfg.LAYOUTS)
+    for times in figures["rows"].values():
         assert times["#wrong"] == 0
         assert times["cfg_all_reduce_"] > 0
         assert times["by hand"] > 0

@@ -65,7 +65,10 @@ def memory_is_kept(ctx: RankContext) -> list[str]:
         for _ in range(4):
             torch.full(size, 7.0, device=ctx.device)
 
-    for call in (comm.cfg_all_reduce, lambda x, async_op: comm.cfg_broadcast(x, 0, async_op=async_op)):
+    for call, expected in (
+        (comm.cfg_all_reduce, 2 * ctx.world + 1),
+        (lambda x, async_op: comm.cfg_broadcast(x, 0, async_op=async_op), 3),
+    ):
         for _ in range(3):
             x = torch.ones(size, device=ctx.device)
             meet(ctx)
@@ -80,9 +83,9 @@ def memory_is_kept(ctx: RankContext) -> list[str]:
             fill()
             other = comm.cfg_all_reduce(copy, async_op=True).wait()
             assert isinstance(other, Tensor)
-            found = copy.unique().tolist()
-            if found not in ([2.0 * ctx.world + 1], [3.0]) or other.unique().tolist() != [found[0] * ctx.world]:
-                wrong.append(f"got {found} and then {other.unique().tolist()}")
+            found = [copy.unique().tolist(), other.unique().tolist()]
+            if found != [[expected], [expected * ctx.world]]:
+                wrong.append(f"got {found}, expected {expected} and that {ctx.world} times")
     return wrong
 
 

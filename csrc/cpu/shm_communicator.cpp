@@ -104,11 +104,6 @@ void ShmCommunicator::count_refusal() {
   ++sequence_;
 }
 
-uint64_t ShmCommunicator::sequence() {
-  const std::unique_lock lock(mutex_);
-  return sequence_;
-}
-
 void ShmCommunicator::arrive() {
   RankArea& own = header_->ranks[rank_];
   own.calls[step_ & 1].store(call_.packed(), std::memory_order_relaxed);

@@ -114,7 +114,7 @@ class ShmCommunicator {
   // next call of any rank fails on all.
   void count_refusal();
   // How many collectives this rank has begun or refused.
-  uint64_t sequence();
+  uint64_t sequence() const { return sequence_.load(std::memory_order_relaxed); }
   // A collective is one or more of: next_step, write slot(rank()), arrive, await every peer's arrival, read the slots;
   // and where the ranks share the summing: write sums(), announce_sum, await_sum(r), read r's part of sums().
   void next_step() {
@@ -184,8 +184,8 @@ class ShmCommunicator {
   std::byte* sums_ = nullptr;
   std::mutex mutex_;
   uint64_t step_;
-  std::optional<Moment> behind_;  // the step before this one, of which not every arrival has been seen
-  uint64_t sequence_ = 0;
+  std::optional<Moment> behind_;       // the step before this one, of which not every arrival has been seen
+  std::atomic<uint64_t> sequence_{0};  // written under the lock
   Ledger ledger_;
   bool ledger_shared_ = false;
   const char* op_ = "";

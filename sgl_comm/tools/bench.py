@@ -112,10 +112,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     options = Options(args.dtype, args.in_place, args.iters, algorithms=tuple(args.algos))
     sizes = args.sizes or list(_steps(args.min_bytes, args.max_bytes, args.factor))
     with ranks_of(args) as ranks:
-        setting: dict[str, Any] = {
-            **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
-            "ranks": ranks.placing, "dtype": args.dtype, "form": "in place" if args.in_place else "out of place",
-        }  # fmt: skip
+        setting = setting_of(ranks, dtype=args.dtype, form="in place" if args.in_place else "out of place")
         table = report.Table(setting) if ranks.leads else None
         rows: list[Row] = []
         for number, size in enumerate(sizes):
@@ -139,6 +136,14 @@ class Ranks:
     leads: bool
     placing: str
     measure: Callable[..., Any]
+
+
+def setting_of(ranks: Ranks, **more: object) -> dict[str, Any]:
+    """What figures are measured on: the machine, the ranks, and what else the benchmark says. A collective call."""
+    return {
+        **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
+        "ranks": ranks.placing, **more,
+    }  # fmt: skip
 
 
 def ranks_of(args: argparse.Namespace) -> AbstractContextManager[Ranks]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sgl_comm.tools.timing import Timing
@@ -81,6 +83,12 @@ def print_setting(setting: Mapping[str, Any]) -> None:
     for name, value in setting.items():
         if value is not None:
             print(f"# {name}: {value}")
+
+
+def write_json(file: Path | None, setting: Mapping[str, Any], rows: object) -> None:
+    """A benchmark's figures and what they were measured on, if a file is wanted."""
+    if file is not None:
+        file.write_text(json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
 
 
 class Table:

@@ -55,4 +55,11 @@ inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, 
   return one_shot ? Algorithm::kOneShotRing : Algorithm::kTwoShotRing;
 }
 
+// Whether one launch that walks a tensor's strides is faster than a launch for row-major memory and a copy before or
+// after it: of so many units, of which runs of so many bytes lie side by side (benchmarks/bench_cfg_all_reduce.py).
+inline bool walk_pays(int64_t units, int64_t run_bytes) {
+  constexpr int64_t kSectorBytes = 32, kMostScattered = 128 << 10, kMostInRuns = 2 << 20;
+  return units <= (run_bytes < kSectorBytes ? kMostScattered : kMostInRuns);
+}
+
 }  // namespace sgl_comm

@@ -1,4 +1,5 @@
-// The only code that looks at strides. Every other file sees row-major memory: a pointer and a count.
+// The only code that looks at a tensor's strides. Every other file sees row-major memory, a pointer and a count; or, in
+// the kernels that walk a tensor where it lies, its Strides.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,11 +8,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "policy.h"
+#include "strides.h"
 
 namespace sgl_comm {
 
@@ -77,9 +82,11 @@ inline std::atomic<int64_t>& num_layout_copies() {
   return copies;
 }
 
+inline bool is_row_major(const Tensor& tensor) { return tensor.is_contiguous(); }
+
 // The tensor itself where it is row-major, else a row-major copy of it.
 inline Tensor row_major(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return tensor;
+  if (is_row_major(tensor)) return tensor;
   ++num_layout_copies();
   return torch::stable::contiguous(tensor);
 }
@@ -90,9 +97,42 @@ inline void copy_back(const Tensor& values, Tensor& tensor) {
   torch::stable::copy_(tensor, values);
 }
 
+// How a kernel walks the tensor in units of so many bytes, of which an element has one or more. Nothing where a
+// row-major copy serves better, or it is too large or has too many dimensions for Strides, with what one stride covers
+// taken as one dimension.
+inline std::optional<Strides> strides_of(const Tensor& tensor, int64_t unit_bytes) {
+  struct Dim {
+    int64_t size, stride;
+  };
+  std::vector<Dim> dims;
+  int64_t units = 1, reach = 0;
+  const auto add_inner = [&](const Dim& dim) {
+    units *= dim.size;
+    reach += (dim.size - 1) * dim.stride;
+    if (dim.size == 1) return;
+    if (!dims.empty() && dims.back().stride == dim.size * dim.stride) {
+      dims.back() = {dims.back().size * dim.size, dim.stride};
+    } else {
+      dims.push_back(dim);
+    }
+  };
+  const int64_t per_element = static_cast<int64_t>(tensor.element_size()) / unit_bytes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) add_inner({tensor.size(d), tensor.stride(d) * per_element});
+  add_inner({per_element, 1});
+  if (dims.size() > Strides::kDims || std::max(units, reach) > INT32_MAX) return std::nullopt;
+  Strides strides;
+  std::fill_n(strides.sizes, Strides::kDims, 1);
+  std::fill_n(strides.strides, Strides::kDims, 0);
+  for (size_t d = 0, to = Strides::kDims - dims.size(); d < dims.size(); ++d, ++to) {
+    strides.sizes[to] = static_cast<int32_t>(dims[d].size);
+    strides.strides[to] = static_cast<int32_t>(dims[d].stride);
+  }
+  return walk_pays(units, strides.run() * unit_bytes) ? std::optional(strides) : std::nullopt;
+}
+
 // Whether two of the tensor's elements share memory, as in the result of expand(). Exact.
 inline bool overlaps_itself(const Tensor& tensor) {
-  if (tensor.is_contiguous() || tensor.numel() < 2) return false;
+  if (is_row_major(tensor) || tensor.numel() < 2) return false;
   struct Dim {
     int64_t stride, size;
   };
@@ -130,23 +170,22 @@ inline void check_disjoint(const char* op, const Tensor& tensor) {
             " in which several elements share memory (expand); expected a tensor that can hold its result in place");
 }
 
-// Runs work(row-major tensor) so that the result ends in `tensor`, whatever its strides.
+// Runs work(row-major tensor) so that the result ends in `tensor`, whatever its strides. Before: check_disjoint().
 template <typename Work>
-void in_place(const char* op, Tensor& tensor, Work&& work) {
-  if (tensor.is_contiguous()) {
+void in_place(Tensor& tensor, Work&& work) {
+  if (is_row_major(tensor)) {
     work(tensor);
     return;
   }
-  check_disjoint(op, tensor);
   Tensor copy = row_major(tensor);
   work(copy);
   copy_back(copy, tensor);
 }
 
-// The same for work that reads nothing of the tensor and writes all of it. Before: check_disjoint().
+// The same for work that reads nothing of the tensor and writes all of it.
 template <typename Work>
 void overwrite(const char* op, Tensor& tensor, Work&& work) {
-  if (tensor.is_contiguous()) {
+  if (is_row_major(tensor)) {
     work(tensor);
     return;
   }

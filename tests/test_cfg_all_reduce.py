@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -30,7 +31,7 @@ import sgl_comm
 from sgl_comm.testing import RankContext
 from sgl_comm.work import Work
 
-SHAPES = ((), (0,), (4, 0), (1,), (7,), (10, 100), (5, 10, 20), (2, 4, 10, 13), (2, 3, 2, 4, 3), (3, 40_001))
+SHAPES = ((), (0,), (4, 0), (1,), (7,), (10, 100), (5, 10, 20), (2, 4, 10, 13), (2, 3, 2, 4, 3), (3, 50_001))
 
 every_world = pytest.mark.parametrize("ranks", [*ranks_on("cpu", CPU_WORLDS), *ranks_on("cuda", (2, 3, 4, 8))])
 some_worlds = pytest.mark.parametrize("ranks", [*ranks_on("cpu", (1, 2, 3)), *ranks_on("cuda", (2, 3))])
@@ -193,38 +194,56 @@ def test_where_one_rank_passes_another_tensor_no_sum_is_wrong(ranks: Ranks, how:
         assert any(words in texts[2] for words in WORDS), texts
 
 
-def nodes_of_graphs(ctx: RankContext) -> dict[str, list[str]]:
-    """What each call is in a captured graph."""
-    comm, found = ctx.comm, {}
-    assert comm is not None
-    calls = {
-        "all_reduce": comm.all_reduce,
-        "cfg_all_reduce": comm.cfg_all_reduce,
-        "all_reduce_": comm.all_reduce_,
-        "cfg_all_reduce_": comm.cfg_all_reduce_,
-        "cfg_broadcast": lambda x: comm.cfg_broadcast(x, 0),
-        "cfg_broadcast_": lambda x: comm.cfg_broadcast_(x, 0),
-    }
-    for name, call in calls.items():
-        for count in (1000, 1_000_000):
-            x = torch.ones(count + 1, device=ctx.device)
-            for first in (0, 1):
-                graph = torch.cuda.CUDAGraph(keep_graph=True)
-                with capturing(graph):
-                    call(x[first:])
-                found[name_of(name, count, "offset" if first else "")] = node_names(graph)
+CALLS = {
+    "all_reduce": lambda comm, x: comm.all_reduce(x),
+    "cfg_all_reduce": lambda comm, x: comm.cfg_all_reduce(x),
+    "all_reduce_": lambda comm, x: comm.all_reduce_(x),
+    "cfg_all_reduce_": lambda comm, x: comm.cfg_all_reduce_(x),
+    "cfg_broadcast": lambda comm, x: comm.cfg_broadcast(x, 0),
+    "cfg_broadcast_": lambda comm, x: comm.cfg_broadcast_(x, 0),
+}
+SERVED_AT_ONCE = {
+    "row-major": lambda x: x[:1000],
+    "row-major, large": lambda x: x[:1_000_000],
+    "offset": lambda x: x[1:1001],
+    "offset, large": lambda x: x[1:1_000_001],
+    "transposed": lambda x: x[:1000].view(25, 40).t(),
+    "sliced": lambda x: x[:1000].view(10, 10, 10)[1:-1, 1:-1, 1:-1],
+    "stepped": lambda x: x[:1200].view(5, 6, 5, 8)[::2, ::2, ::2, ::2],
+    "sliced rows, large": lambda x: x[:600_000].view(600, 1000)[:, :500],
+}
+"""Tensors of which a call is one kernel."""
+COPIED = {
+    "transposed, large": lambda x: x[:1_000_000].view(1000, 1000).t(),
+    "five dimensions": lambda x: x[:2048].view(4, 4, 4, 4, 8)[::2, ::2, ::2, ::2, ::2],
+}
+
+
+def nodes_of_graphs(ctx: RankContext) -> dict[tuple[str, str], list[str]]:
+    """What each call with each tensor is in a captured graph."""
+    assert ctx.comm is not None
+    found = {}
+    for (name, call), (layout, lay_out) in itertools.product(CALLS.items(), (SERVED_AT_ONCE | COPIED).items()):
+        x = lay_out(torch.ones(1_000_001, device=ctx.device))
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with capturing(graph):
+            call(ctx.comm, x)
+        found[name, layout] = node_names(graph)
     return found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_row_major_tensor_is_one_launch(world: int) -> None:
+def test_a_tensor_is_one_launch_unless_copies_are_faster(world: int) -> None:
     for rank, found in enumerate(Ranks("cuda", world).run(nodes_of_graphs)):
-        assert len(found) == 24
-        for name, nodes in found.items():
-            assert len(nodes) == 1, f"rank {rank}, {name}: the graph holds {nodes}"
+        assert len(found) == len(CALLS) * (len(SERVED_AT_ONCE) + len(COPIED))
+        for (name, layout), nodes in found.items():
+            about = f"rank {rank}, {name}, {layout}: the graph holds {nodes}"
             kernel = "broadcast_kernel" if "broadcast" in name else "shot"
-            assert kernel in nodes[0], f"rank {rank}, {name}: the graph holds {nodes}"
+            assert sum(kernel in node for node in nodes) == 1, about
+            receives = name == "cfg_broadcast" and rank > 0
+            copies = layout in COPIED and not receives
+            assert len(nodes) == 1 + copies * (2 if name.endswith("reduce_") else 1), about
 
 
 def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import layouts_of_ranks
 
 import sgl_comm
 from sgl_comm import reference
@@ -117,6 +118,27 @@ def test_a_broadcast_keeps_every_bit(size: str, world: int) -> None:
                 src = (number + turn) % world
                 for output in call_all(ranks, pieces, lambda x, name, src=src: ops.cfg_broadcast(x, src, name)):
                     assert_bits_equal(output, pieces[src], f"{count} from {src}")
+        assert [rank.fault() for rank in ranks] == [""] * world
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 9), (2, 4, 10, 13), (3, 40, 401)], ids=str)
+def test_strides_are_walked_and_what_lies_between_stays(shape: tuple[int, ...], dtype: torch.dtype, world: int) -> None:
+    """In place, in every layout, and in another on each rank."""
+    values = [x.view(shape) for x in inputs_of(world, torch.Size(shape).numel(), dtype)]
+    with make_simulated(world) as ranks:
+        for number, (names, layouts) in enumerate(layouts_of_ranks(shape, world, in_place=True)):
+            src = number % world
+            for name, call, expected in (
+                ("all_reduce_", ops.all_reduce_, reference.all_reduce(values)),
+                ("cfg_broadcast_", lambda x, group, src=src: ops.cfg_broadcast_(x, src, group), values[src]),
+            ):
+                placed = [layout(value) for layout, value in zip(layouts, values, strict=True)]
+                call_all(ranks, [each.tensor for each in placed], call)
+                for each in placed:
+                    assert_bits_equal(each.tensor, expected, f"{name}, {names}")
+                    each.assert_canaries()
         assert [rank.fault() for rank in ranks] == [""] * world
 
 

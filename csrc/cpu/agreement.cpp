@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <sstream>
+#include <vector>
 
 #include "fallback.h"
 #include "text.h"
@@ -18,8 +19,7 @@ using Bytes = std::vector<char>;
 
 std::string text_of(const char* bytes) { return std::string(bytes, strnlen(bytes, kTextBytes)); }
 
-}  // namespace
-
+// Every rank's text, in rank order; a step of its own.
 std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& group, const std::string& text) {
   Bytes mine(kTextBytes);
   std::copy_n(text.data(), std::min(text.size(), kTextBytes), mine.data());
@@ -42,6 +42,8 @@ std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& 
   for (int r = 0; r < comm.world(); ++r) texts.push_back(text_of(reinterpret_cast<const char*>(comm.slot(r))));
   return texts;
 }
+
+}  // namespace
 
 std::string compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused) {
   const std::vector<std::string> texts = texts_of_ranks(op, group, (refused ? "refused, " : "") + text);

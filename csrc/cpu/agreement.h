@@ -3,15 +3,11 @@
 
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "cfg_calls.h"
 #include "cpu/groups.h"
 
 namespace sgl_comm::cpu {
-
-// Every rank's text, in rank order; a step of its own.
-std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& group, const std::string& text);
 
 // Why nobody makes the call: the texts differ, or this rank or another refuses it. Empty if all are alike. Every rank's
 // answer is the same.

@@ -124,7 +124,7 @@ Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduc
 
 void reduce_in_place(const char* op, Call::Kind kind, const Groups::GroupPtr& group, Tensor& input,
                      const std::string& reduce_op) {
-  in_place(op, input, [&](Tensor& x) {
+  in_place(input, [&](Tensor& x) {
     if (shm_serves(group, x, reduce_op)) {
       run(op, kind, *group->communicator, x, x);
     } else {
@@ -135,6 +135,7 @@ void reduce_in_place(const char* op, Call::Kind kind, const Groups::GroupPtr& gr
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name, reduce_op);
+  check_disjoint("all_reduce_", input);
   reduce_in_place("all_reduce_", Call::Kind::kAllReduce, group, input, reduce_op);
 }
 

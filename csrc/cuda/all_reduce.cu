@@ -37,6 +37,11 @@ struct Kernels {
   GroupsV1::GroupPtr pull;
   explicit operator bool() const { return push != nullptr || pull != nullptr; }
 
+  // Tensors of any strides in one launch; false, and nothing done, where a copy on either side is better.
+  bool sum_strided(const char* op, const Tensor& in, Tensor& out) const {
+    return push != nullptr && push_strided_all_reduce(op, *push, in, out);
+  }
+
   void sum(const char* op, const Tensor& in, Tensor& out) const {
     if (push != nullptr) {
       push_all_reduce(op, *push, in, out, "auto");
@@ -67,14 +72,15 @@ Tensor reduced(const char* op, const GroupV2& group, const Tensor& input, const 
   const Kernels kernels = kernels_for(op, group, input, reduce_op);
   if (!kernels) return fallback::all_reduce(op, input, group->name, reduce_op);
   Tensor out = empty_row_major(op, input);
-  kernels.sum(op, row_major(input), out);
+  if (!kernels.sum_strided(op, input, out)) kernels.sum(op, row_major(input), out);
   return out;
 }
 
 void reduce_in_place(const char* op, const GroupV2& group, Tensor& input, const std::string& reduce_op) {
-  if (group->world == 1) return check_disjoint(op, input);
+  if (group->world == 1) return;
   const Kernels kernels = kernels_for(op, group, input, reduce_op);
-  in_place(op, input, [&](Tensor& x) {
+  if (kernels.sum_strided(op, input, input)) return;
+  in_place(input, [&](Tensor& x) {
     if (kernels) {
       kernels.sum(op, x, x);
     } else {
@@ -89,6 +95,7 @@ Tensor all_reduce(const Tensor& input, const Text& group_name, const Text& reduc
 
 void all_reduce_(Tensor input, const Text& group_name, const Text& reduce_op) {
   const auto group = check("all_reduce_", input, group_name, reduce_op);
+  check_disjoint("all_reduce_", input);
   reduce_in_place("all_reduce_", group, input, reduce_op);
 }
 

@@ -53,4 +53,22 @@ void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Ten
   launch_in_order(op, comm, kernel, shape, message);
 }
 
+bool push_strided_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out) {
+  const int64_t bytes = num_bytes(in);
+  if ((is_row_major(in) && is_row_major(out)) || bytes == 0) return false;
+  const Algorithm algorithm = choose(op, "auto", bytes, comm.world(), comm.bank_bytes(), comm.thresholds());
+  const DType dtype = dtype_of(in.scalar_type());
+  const auto from = strides_of(in, size_of(dtype)), to = strides_of(out, size_of(dtype));
+  if (algorithm != Algorithm::kOneShot || !from || !to) return false;
+  check_usable(op, comm, in);
+  const int64_t num_packs = packs_of(bytes);
+  const device::WithStrides<device::Message> message{{comm.view(), in.const_data_ptr(), out.mutable_data_ptr(),
+                                                      in.numel(), 0, num_packs, device::kAllReduce, push_defers(bytes)},
+                                                     *from,
+                                                     *to};
+  const Shape shape = comm.limits().shape(Kind::kStrided, num_packs, one_shot_threads(comm.world(), num_packs));
+  launch_in_order(op, comm, strided_one_shot_kernel(dtype, comm.world()), shape, message);
+  return true;
+}
+
 }  // namespace sgl_comm::cuda

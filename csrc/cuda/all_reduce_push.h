@@ -11,4 +11,8 @@ namespace sgl_comm::cuda {
 // Sums `in` over the ranks into `out` (which may be `in`), on the current stream of their device. Both row-major.
 void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out, const std::string& algo);
 
+// The same by one launch that walks the tensors' strides. Returns false, and has done nothing, where copies and the
+// above are faster, or both are row-major. `out` may be `in` if no two of its elements share memory.
+bool push_strided_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out);
+
 }  // namespace sgl_comm::cuda

@@ -24,16 +24,54 @@ Shape shape_for(const Residency& limits, int64_t rows) {
   return limits.shape(Kind::kBroadcast, rows * 32, threads, device::kMostBroadcastBlocks);
 }
 
-// Row-major memory of `bytes`, the same number on every rank: `in` on the source; `out` where the result shall be.
-void push_broadcast(const char* op, CommunicatorV2& comm, int64_t src, int64_t bytes, const void* in, void* out) {
-  if (bytes == 0) return;
-  const Unit unit = unit_for(in, out, bytes);
-  constexpr int64_t kRowBytes = device::kRowData * device::kPackBytes;
-  const int64_t rows = (bytes + kRowBytes - 1) / kRowBytes;
-  const device::BroadcastMessage message{comm.view(),           in,          out, elements_of(unit, bytes), rows,
-                                         static_cast<int>(src), comm.world()};
-  launch_in_order(op, comm, broadcast_kernel(unit), shape_for(comm.limits(), rows), message);
-}
+// What a rank brings: `in` on the source, `out` where the result shall be; else undefined.
+struct Ends {
+  Tensor in, out;
+
+  const Tensor& either() const { return in.defined() ? in : out; }
+  const void* from() const { return in.defined() ? in.const_data_ptr() : nullptr; }
+  void* to() const { return out.defined() ? out.mutable_data_ptr() : nullptr; }
+  bool row_major() const { return (!in.defined() || is_row_major(in)) && (!out.defined() || is_row_major(out)); }
+};
+
+struct Call {
+  const char* op;
+  CommunicatorV2& comm;
+  int64_t src;
+
+  // Row-major ends.
+  void push(const Ends& ends) const {
+    const int64_t bytes = num_bytes(ends.either());
+    if (bytes == 0) return;
+    const Unit unit = unit_for(ends.from(), ends.to(), bytes);
+    launch(broadcast_kernel(unit), message_for(ends, elements_of(unit, bytes)));
+  }
+
+  // Ends of any strides. False, and nothing done, where row-major copies are better, or these are.
+  bool push_strided(const Ends& ends) const {
+    const Tensor& either = ends.either();
+    if (ends.row_major() || num_bytes(either) == 0) return false;
+    const int64_t unit_bytes = strided_unit_for(ends.from(), ends.to(), either.element_size());
+    const auto strides = [&](const Tensor& end) { return end.defined() ? strides_of(end, unit_bytes) : Strides{}; };
+    const auto from = strides(ends.in), to = strides(ends.out);
+    if (!from || !to) return false;
+    launch(strided_broadcast_kernel(unit_bytes), device::WithStrides<device::BroadcastMessage>{
+                                                     message_for(ends, num_bytes(either) / unit_bytes), *from, *to});
+    return true;
+  }
+
+ private:
+  device::BroadcastMessage message_for(const Ends& ends, int64_t count) const {
+    constexpr int64_t kRowBytes = device::kRowData * device::kPackBytes;
+    const int64_t rows = (num_bytes(ends.either()) + kRowBytes - 1) / kRowBytes;
+    return {comm.view(), ends.from(), ends.to(), count, rows, static_cast<int>(src), comm.world()};
+  }
+
+  template <typename Message>
+  void launch(void (*kernel)(Message), const Message& message) const {
+    launch_in_order(op, comm, kernel, shape_for(comm.limits(), message.num_rows), message);
+  }
+};
 
 Tensor received(const char* op, const GroupsV2::GroupPtr& group, const Tensor& input, int64_t src) {
   if (group->world == 1) return fresh_row_major(op, input);
@@ -41,12 +79,14 @@ Tensor received(const char* op, const GroupsV2::GroupPtr& group, const Tensor& i
     refuse_uncapturable(op, *group, input);
     return fallback::broadcast(op, input, src, group->name, group->rank);
   }
-  CommunicatorV2& comm = *group->communicator;
-  check_usable(op, comm, input);
-  Tensor out = empty_row_major(op, input);
-  const Tensor in = group->rank == src ? row_major(input) : Tensor();
-  push_broadcast(op, comm, src, num_bytes(out), in.defined() ? in.const_data_ptr() : nullptr, out.mutable_data_ptr());
-  return out;
+  check_usable(op, *group->communicator, input);
+  const Call call{op, *group->communicator, src};
+  Ends ends{group->rank == src ? input : Tensor(), empty_row_major(op, input)};
+  if (!call.push_strided(ends)) {
+    if (group->rank == src) ends.in = row_major(input);
+    call.push(ends);
+  }
+  return ends.out;
 }
 
 void receive_in_place(const char* op, const GroupsV2::GroupPtr& group, Tensor& input, int64_t src) {
@@ -58,14 +98,11 @@ void receive_in_place(const char* op, const GroupsV2::GroupPtr& group, Tensor& i
     if (!source) torch::stable::copy_(input, sent);
     return;
   }
-  CommunicatorV2& comm = *group->communicator;
-  check_usable(op, comm, input);
-  if (source) {
-    const Tensor in = row_major(input);
-    return push_broadcast(op, comm, src, num_bytes(in), in.const_data_ptr(), nullptr);
-  }
-  overwrite(op, input,
-            [&](Tensor& out) { push_broadcast(op, comm, src, num_bytes(out), nullptr, out.mutable_data_ptr()); });
+  check_usable(op, *group->communicator, input);
+  const Call call{op, *group->communicator, src};
+  if (call.push_strided(source ? Ends{input, Tensor()} : Ends{Tensor(), input})) return;
+  if (source) return call.push({row_major(input), Tensor()});
+  overwrite(op, input, [&](Tensor& out) { call.push({Tensor(), out}); });
 }
 
 Tensor cfg_broadcast(const Tensor& input, int64_t src, const Text& group_name) {

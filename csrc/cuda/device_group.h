@@ -3,8 +3,7 @@
 //
 // Who writes what, when: device/view.cuh for the control words. The host writes HostAbort (when a peer's process
 // dies, or ranks have not refused the same calls), the segment's `refusals`, and its `unmapped` (when this rank has
-// closed its mappings); it reads Fault. A
-// workspace is freed only when every peer has unmapped it or is dead.
+// closed its mappings); it reads Fault. A workspace is freed only when every peer has unmapped it or is dead.
 #pragma once
 
 #include <atomic>

@@ -25,11 +25,22 @@ PushKernel gather_kernel(Unit unit, int world, bool ring) {
 BroadcastKernel broadcast_kernel(Unit unit) {
   switch (unit) {
     case Unit::kPacks:
-      return device::broadcast_kernel<device::BytePairs, true>;
+      return device::broadcast_kernel<device::RowMajor<device::BytePairs, true>>;
     case Unit::kBytePairs:
-      return device::broadcast_kernel<device::BytePairs, false>;
+      return device::broadcast_kernel<device::RowMajor<device::BytePairs, false>>;
     default:
-      return device::broadcast_kernel<device::Bytes, false>;
+      return device::broadcast_kernel<device::RowMajor<device::Bytes, false>>;
+  }
+}
+
+StridedBroadcastKernel strided_broadcast_kernel(int64_t unit_bytes) {
+  switch (unit_bytes) {
+    case 4:
+      return device::broadcast_kernel<device::Strided<device::ByteQuads>>;
+    case 2:
+      return device::broadcast_kernel<device::Strided<device::BytePairs>>;
+    default:
+      return device::broadcast_kernel<device::Strided<device::Bytes>>;
   }
 }
 

@@ -6,6 +6,7 @@ Residency load_push_kernels(int world) {
   Residency residency;
   const auto add = [&](Kind kind, PushKernel kernel) { residency.add(kind, reinterpret_cast<const void*>(kernel)); };
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    residency.add(Kind::kStrided, reinterpret_cast<const void*>(strided_one_shot_kernel(dtype, world)));
     for (const bool whole : {true, false}) {
       for (const Rounds rounds : {Rounds::kOne, Rounds::kMany, Rounds::kRing}) {
         add(rounds == Rounds::kRing ? Kind::kRing : Kind::kOneShot, one_shot_kernel(dtype, world, whole, rounds));
@@ -29,6 +30,9 @@ Residency load_push_kernels(int world) {
   for (const Unit unit : {Unit::kPacks, Unit::kBytePairs, Unit::kBytes}) {
     for (const bool ring : {true, false}) add(ring ? Kind::kRing : Kind::kGather, gather_kernel(unit, world, ring));
     residency.add(Kind::kBroadcast, reinterpret_cast<const void*>(broadcast_kernel(unit)));
+  }
+  for (const int64_t unit_bytes : {4, 2, 1}) {
+    residency.add(Kind::kBroadcast, reinterpret_cast<const void*>(strided_broadcast_kernel(unit_bytes)));
   }
   return residency;
 }

@@ -23,17 +23,28 @@ inline Unit unit_for(const void* in, const void* out, int64_t bytes) {
 // What such a kernel counts: pairs of bytes, or bytes.
 inline int64_t elements_of(Unit unit, int64_t bytes) { return unit == Unit::kBytes ? bytes : bytes / 2; }
 
+// The same for tensors that are not row-major, in bytes: 4, 2 or 1, of which an element has one or more.
+inline int64_t strided_unit_for(const void* in, const void* out, int64_t element_bytes) {
+  const auto places = static_cast<int64_t>(address_of(in) | address_of(out) | element_bytes);
+  return places % 4 == 0 ? 4 : places % 2 == 0 ? 2 : 1;
+}
+
 // How often a thread of a one-shot takes a pack: once, as often as it has to, or in tiles through a ring.
 enum class Rounds { kOne, kMany, kRing };
 
 // whole: the tensors are 16-byte aligned and a whole number of packs, shard by shard. ring: for any size. Ranks may
 // differ in `whole`.
 PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds);
+// As Rounds::kMany, for tensors of any strides.
+using StridedKernel = void (*)(device::WithStrides<device::Message>);
+StridedKernel strided_one_shot_kernel(DType dtype, int world);
 PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring);
 PushKernel gather_kernel(Unit unit, int world, bool ring);
 using BroadcastKernel = void (*)(device::BroadcastMessage);
 BroadcastKernel broadcast_kernel(Unit unit);
+using StridedBroadcastKernel = void (*)(device::WithStrides<device::BroadcastMessage>);
+StridedBroadcastKernel strided_broadcast_kernel(int64_t unit_bytes);
 
 // How many rows a block or cluster of a fused launch has: one, or several, one- or two-shot.
 enum class FusedRows { kOne, kMany, kManyTwoShot };

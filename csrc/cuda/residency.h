@@ -13,7 +13,7 @@ namespace sgl_comm::cuda {
 
 // Kernels of one kind are launched alike; the greediest of a kind counts for all. Of blocks of 512 threads a
 // multiprocessor has room for one with kRows, and for two with kDenseRows.
-enum class Kind { kOneShot, kTwoShot, kGather, kRing, kPull, kRows, kDenseRows, kBroadcast };
+enum class Kind { kOneShot, kStrided, kTwoShot, kGather, kRing, kPull, kRows, kDenseRows, kBroadcast };
 
 // Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike.
 struct Shape {
@@ -23,7 +23,7 @@ struct Shape {
 };
 
 struct Residency {
-  static constexpr int kKinds = 8, kSizes = 4, kClusters = 3;
+  static constexpr int kKinds = 9, kSizes = 4, kClusters = 3;
   static constexpr int kThreads[kSizes] = {64, 128, 256, 512};
   int blocks[kKinds][kClusters][kSizes];  // in clusters of 1, 2 and 4
   int ranks = 1;                          // that share a device

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "cuda/device/gather.cuh"
+#include "cuda/device/layout.cuh"
 
 namespace sgl_comm::device {
 
@@ -113,19 +114,34 @@ class Counts {
   int64_t fewest_ = 0;              // that a peer is done with, when this thread last looked
 };
 
-template <typename T, bool kWhole>
-__device__ __forceinline__ uint4 load_of_row(const BroadcastMessage& m, const Warp& warp, int64_t row) {
-  if (row >= m.num_rows) return uint4{};
-  return load_pack<T, kWhole>(m.in, m.count, row * kRowData + warp.lane);
-}
+template <typename Layout>
+using BroadcastOf = typename Layout::template MessageOf<BroadcastMessage>;
+
+// This thread's pack of a row of the message.
+template <typename Layout>
+class RowPack {
+ public:
+  __device__ __forceinline__ RowPack(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row)
+      : m_(m), index_(row * kRowData + warp.lane), exists_(index_ * kElements<typename Layout::Element> < m.count) {}
+  __device__ __forceinline__ uint4 load() const { return exists_ ? Layout::load(m_, index_) : uint4{}; }
+  __device__ __forceinline__ void store(uint4 v) const {
+    if (exists_) Layout::store(m_, index_, v);
+  }
+
+ private:
+  const BroadcastOf<Layout>& m_;
+  const int64_t index_;
+  const bool exists_;
+};
 
 // The source's part: pushes all of the message, as its peers make room for it. `pack` is of the first row; further ones
 // are asked for a tile ahead.
-template <typename T, bool kWhole>
-__device__ __forceinline__ Trouble push_tiles(const BroadcastMessage& m, const Warp& warp, Counts& counts, uint4 pack) {
+template <typename Layout>
+__device__ __forceinline__ Trouble push_tiles(const BroadcastOf<Layout>& m, const Warp& warp, Counts& counts,
+                                              uint4 pack) {
   int64_t row = warp.place.index;
   for (int64_t k = 0; row < m.num_rows; ++k) {
-    const uint4 next = load_of_row<T, kWhole>(m, warp, row + warp.place.count);
+    const uint4 next = RowPack<Layout>(m, warp, row + warp.place.count).load();
     const Trouble trouble = counts.await_places(k);
     const uint32_t late = __ballot_sync(kWholeWarp, trouble != kFine);
     if (late != 0) return __shfl_sync(kWholeWarp, trouble, __ffs(late) - 1);  // the marks need the whole warp
@@ -137,7 +153,7 @@ __device__ __forceinline__ Trouble push_tiles(const BroadcastMessage& m, const W
       ptx::store_relaxed_sys(at + warp.lane * kPackBytes, sent);
       if (warp.lane % 16 == 0) ptx::store_relaxed_sys(at + warp.marks, marks);
     }
-    if (m.out != nullptr) store_pack<T, kWhole>(m.out, m.count, row * kRowData + warp.lane, pack);
+    if (m.out != nullptr) RowPack<Layout>(m, warp, row).store(pack);
     row += warp.place.count;
     pack = next;
   }
@@ -175,8 +191,8 @@ __device__ __forceinline__ Trouble take_row(const BroadcastMessage& m, const War
 
 // A receiver's part: takes all of the message, asking for a row a tile ahead. Needs all threads of the block; where one
 // is in trouble at a tile that is awaited, all are.
-template <typename T, bool kWhole>
-__device__ __forceinline__ Trouble take_tiles(const BroadcastMessage& m, const Warp& warp, const Start& start,
+template <typename Layout>
+__device__ __forceinline__ Trouble take_tiles(const BroadcastOf<Layout>& m, const Warp& warp, const Start& start,
                                               const Counts& counts, int64_t num_tiles) {
   __shared__ Trouble of_block;
   const int rank = m.view.group.rank;
@@ -188,7 +204,7 @@ __device__ __forceinline__ Trouble take_tiles(const BroadcastMessage& m, const W
     if (k + 1 < num_tiles) next = fetch_row(warp, counts.row_at(rank, k + 1));
     if (row < m.num_rows && trouble == kFine) {
       trouble = take_row(m, warp, counts.row_at(rank, k), fetched);
-      if (trouble == kFine) store_pack<T, kWhole>(m.out, m.count, row * kRowData + warp.lane, fetched.pack);
+      if (trouble == kFine) RowPack<Layout>(m, warp, row).store(fetched.pack);
     }
     fetched = next;
     if (!counts.awaited(k, num_tiles)) continue;
@@ -203,19 +219,20 @@ __device__ __forceinline__ Trouble take_tiles(const BroadcastMessage& m, const W
 }
 
 // 0xFF in every byte of the result that this thread would have written, and a word for the host.
-template <typename T, bool kWhole>
-__device__ __forceinline__ void give_up_broadcast(const BroadcastMessage& m, const Warp& warp, const Start& start,
+template <typename Layout>
+__device__ __forceinline__ void give_up_broadcast(const BroadcastOf<Layout>& m, const Warp& warp, const Start& start,
                                                   Trouble trouble) {
 #pragma unroll 1
   for (int64_t row = warp.place.index; m.out != nullptr && row < m.num_rows; row += warp.place.count) {
-    store_pack<T, kWhole>(m.out, m.count, row * kRowData + warp.lane, sentinel_pack());
+    RowPack<Layout>(m, warp, row).store(sentinel_pack());
   }
   fail_group(m.view.group, m.world, trouble, kBroadcast, start.epoch());
 }
 
 // Small blocks, which find room beside those of a peer that is ahead where ranks share a device.
-template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kBroadcastThreads, 4) broadcast_kernel(const __grid_constant__ BroadcastMessage m) {
+template <typename Layout>
+__global__ void __launch_bounds__(kBroadcastThreads, 4)
+    broadcast_kernel(const __grid_constant__ BroadcastOf<Layout> m) {
   const Warp warp = warp_in_grid();
   const int64_t num_tiles = (m.num_rows + warp.place.count - 1) / warp.place.count;
   // Whoever may meet others of its block in between must see the same start as they.
@@ -226,7 +243,7 @@ __global__ void __launch_bounds__(kBroadcastThreads, 4) broadcast_kernel(const _
   const Start start = warps_apart ? read_start<false>(m.view.group) : read_start<true>(m.view.group);
   uint4 pack{};
   if (source) {
-    pack = load_of_row<T, kWhole>(m, warp, warp.place.index);
+    pack = RowPack<Layout>(m, warp, warp.place.index).load();
     counts.look();
   }
   counts.tell_start();
@@ -235,13 +252,13 @@ __global__ void __launch_bounds__(kBroadcastThreads, 4) broadcast_kernel(const _
   if (__any_sync(kWholeWarp, trouble != kFine)) {
     trouble = trouble != kFine ? trouble : kFailedBefore;
   } else {
-    trouble = source ? push_tiles<T, kWhole>(m, warp, counts, pack)
-                     : take_tiles<T, kWhole>(m, warp, start, counts, num_tiles);
+    trouble =
+        source ? push_tiles<Layout>(m, warp, counts, pack) : take_tiles<Layout>(m, warp, start, counts, num_tiles);
   }
   if (num_tiles > 1) ptx::launch_next_kernel();
   counts.keep(num_tiles);
   if (!leave(entry)) trouble = kOverlap;
-  if (trouble != kFine) give_up_broadcast<T, kWhole>(m, warp, start, trouble);
+  if (trouble != kFine) give_up_broadcast<Layout>(m, warp, start, trouble);
 }
 
 }  // namespace sgl_comm::device

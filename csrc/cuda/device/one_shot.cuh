@@ -1,19 +1,18 @@
 // One-shot all-reduce: every rank pushes all of its message to every peer and sums what it was sent.
 #pragma once
 
+#include "cuda/device/layout.cuh"
 #include "cuda/device/message.cuh"
 #include "cuda/device/ring.cuh"
 
 namespace sgl_comm::device {
 
 // The group has failed, now or before: NaN for the caller in all that this thread owns, and a word for the host.
-template <typename T, int kWorld, bool kWhole>
+template <typename Layout, int kWorld, typename Message>
 __device__ __forceinline__ void give_up_packs(const Message& m, const Place& place, const Start& start,
                                               Trouble trouble) {
 #pragma unroll 1
-  for (int64_t i = place.index; i < m.num_packs; i += place.count) {
-    store_pack<T, kWhole>(m.out, m.count, i, sentinel_pack());
-  }
+  for (int64_t i = place.index; i < m.num_packs; i += place.count) Layout::store(m, i, sentinel_pack());
   fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
 }
 
@@ -66,9 +65,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   fail_group(group, kWorld, trouble, m.op, start.epoch());
 }
 
-// The same for tensors of any alignment and length, and with as many packs a thread as it takes.
-template <typename T, int kWorld, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 1) one_shot_loop_kernel(const __grid_constant__ Message m) {
+// The same for tensors of any alignment, length and strides, and with as many packs a thread as it takes.
+template <typename Layout, int kWorld>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    one_shot_loop_kernel(const __grid_constant__ typename Layout::template MessageOf<Message> m) {
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const int first = static_cast<int>(place.index), step = static_cast<int>(place.count);
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_loop_kernel(const __g
   ptx::wait_for_previous_kernel();
   ptx::launch_next_kernel();
   uint4 own{};
-  if (first < num_packs) own = load_existing<T, kWhole>(m.in, m.count, first);  // asked for before the epoch
-  const auto pack = [&](int i) { return i == first ? own : load_existing<T, kWhole>(m.in, m.count, i); };
+  if (first < num_packs) own = Layout::load(m, first);  // asked for before the epoch
+  const auto pack = [&](int i) { return i == first ? own : Layout::load(m, i); };
   const Start start = read_start<true>(group);
   const uint64_t bank = bank_offset(m.view, start.bank());
   Trouble trouble = start.trouble();
@@ -93,14 +93,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_loop_kernel(const __g
     for (int i = first; i < num_packs; i += step) {
       uint8_t* const places = banks + (bank + i * kPackBytes);
       uint4 sum;
-      trouble = receive_and_sum<T, kWorld>(group, places, stride, pack(i), sum);
+      trouble = receive_and_sum<typename Layout::Element, kWorld>(group, places, stride, pack(i), sum);
       if (trouble != kFine) break;
       if (!m.defer) empty_places<kWorld>(places, stride);
-      store_existing<T, kWhole>(m.out, m.count, i, sum);
+      Layout::store(m, i, sum);
     }
   }
   if (!leave(entry)) trouble = kOverlap;
-  if (trouble != kFine) give_up_packs<T, kWorld, kWhole>(m, place, start, trouble);
+  if (trouble != kFine) give_up_packs<Layout, kWorld>(m, place, start, trouble);
 }
 
 // For what the bank cannot hold: a tile is kOneShotTile packs of each thread.
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
   }
   ptx::launch_next_kernel();
   if (!leave(entry)) trouble = kOverlap;
-  if (trouble != kFine) give_up_packs<T, kWorld, kWhole>(m, place, start, trouble);
+  if (trouble != kFine) give_up_packs<RowMajor<T, kWhole>, kWorld>(m, place, start, trouble);
 }
 
 }  // namespace sgl_comm::device

@@ -133,27 +133,50 @@ struct Bytes {
 struct BytePairs {
   using Bits = uint16_t;
 };
+struct ByteQuads {
+  using Bits = uint32_t;
+};
 
 template <typename T>
 constexpr int64_t kElements = kPackBytes / sizeof(typename T::Bits);  // of a pack
+
+// A pack of which element i lies at array[place(i)], as far as i < num; the rest is zeros.
+template <typename T, typename Place>
+__device__ __forceinline__ uint4 load_elements(const void* array, int64_t num, Place&& place) {
+  using Bits = typename T::Bits;
+  constexpr int kPerWord = 4 / sizeof(Bits);
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) {
+    if (i >= num) continue;
+    const uint32_t element = static_cast<const Bits*>(array)[place(i)];
+    words[i / kPerWord] |= element << (i % kPerWord * 8 * sizeof(Bits));
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+template <typename T, typename Place>
+__device__ __forceinline__ void store_elements(void* array, int64_t num, Place&& place, uint4 v) {
+  using Bits = typename T::Bits;
+  constexpr int kPerWord = 4 / sizeof(Bits);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) {
+    if (i >= num) continue;
+    const uint32_t element = words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Bits));
+    static_cast<Bits*>(array)[place(i)] = static_cast<Bits>(element);
+  }
+}
 
 // A row-major array of T seen as packs. kWhole: 16-byte aligned and a whole number of packs; else neither is assumed,
 // and the last pack is padded with zeros. This one is for packs that exist.
 template <typename T, bool kWhole>
 __device__ __forceinline__ uint4 load_existing(const void* array, int64_t count, int64_t index) {
-  using Bits = typename T::Bits;
   if constexpr (kWhole) {
     return ptx::load_input(static_cast<const uint4*>(array) + index);
   } else {
-    constexpr int kPerWord = 4 / sizeof(Bits);
-    const Bits* elements = static_cast<const Bits*>(array);
-    uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < kElements<T>; ++i) {
-      const int64_t place = index * kElements<T> + i;
-      if (place < count) words[i / kPerWord] |= uint32_t{elements[place]} << (i % kPerWord * 8 * sizeof(Bits));
-    }
-    return {words[0], words[1], words[2], words[3]};
+    const int64_t first = index * kElements<T>;
+    return load_elements<T>(array, count - first, [=](int i) { return first + i; });
   }
 }
 
@@ -167,18 +190,12 @@ __device__ __forceinline__ uint4 load_pack(const void* array, int64_t count, int
 // Writes what of the pack lies within the array; some of it does.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void store_existing(void* array, int64_t count, int64_t index, uint4 v) {
-  using Bits = typename T::Bits;
   if constexpr (kWhole) {
     static_cast<uint4*>(array)[index] = v;
   } else {
-    constexpr int kPerWord = 4 / sizeof(Bits);
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    Bits* elements = static_cast<Bits*>(array);
-#pragma unroll
-    for (int i = 0; i < kElements<T>; ++i) {
-      const int64_t place = index * kElements<T> + i;
-      if (place < count) elements[place] = static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Bits)));
-    }
+    const int64_t first = index * kElements<T>;
+    store_elements<T>(
+        array, count - first, [=](int i) { return first + i; }, v);
   }
 }
 

@@ -54,12 +54,13 @@ void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Ten
 }
 
 bool push_strided_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out) {
+  if (is_row_major(in) && is_row_major(out)) return false;
   const int64_t bytes = num_bytes(in);
-  if ((is_row_major(in) && is_row_major(out)) || bytes == 0) return false;
   const Algorithm algorithm = choose(op, "auto", bytes, comm.world(), comm.bank_bytes(), comm.thresholds());
+  if (algorithm != Algorithm::kOneShot || bytes == 0) return false;
   const DType dtype = dtype_of(in.scalar_type());
   const auto from = strides_of(in, size_of(dtype)), to = strides_of(out, size_of(dtype));
-  if (algorithm != Algorithm::kOneShot || !from || !to) return false;
+  if (!from || !to) return false;
   check_usable(op, comm, in);
   const int64_t num_packs = packs_of(bytes);
   const device::WithStrides<device::Message> message{{comm.view(), in.const_data_ptr(), out.mutable_data_ptr(),

@@ -15,7 +15,8 @@ namespace sgl_comm::cuda {
 // multiprocessor has room for one with kRows, and for two with kDenseRows.
 enum class Kind { kOneShot, kStrided, kTwoShot, kGather, kRing, kPull, kRows, kDenseRows, kBroadcast };
 
-// Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike.
+// Grid and block are functions of the message and of limits agreed at init, so that every rank maps packs alike (but
+// where a one-shot's tensor is strided, one_shot.cuh).
 struct Shape {
   unsigned blocks;
   unsigned threads;

@@ -117,22 +117,24 @@ class Counts {
 template <typename Layout>
 using BroadcastOf = typename Layout::template MessageOf<BroadcastMessage>;
 
-// This thread's pack of a row of the message.
+// False for a pack beyond the end that the layout cannot take.
 template <typename Layout>
-class RowPack {
- public:
-  __device__ __forceinline__ RowPack(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row)
-      : m_(m), index_(row * kRowData + warp.lane), exists_(index_ * kElements<typename Layout::Element> < m.count) {}
-  __device__ __forceinline__ uint4 load() const { return exists_ ? Layout::load(m_, index_) : uint4{}; }
-  __device__ __forceinline__ void store(uint4 v) const {
-    if (exists_) Layout::store(m_, index_, v);
-  }
+__device__ __forceinline__ bool may_exist(const BroadcastMessage& m, int64_t index) {
+  return Layout::kAnyIndex || index * kElements<typename Layout::Element> < m.count;
+}
 
- private:
-  const BroadcastOf<Layout>& m_;
-  const int64_t index_;
-  const bool exists_;
-};
+// This thread's pack of a row: zeros where there is none.
+template <typename Layout>
+__device__ __forceinline__ uint4 load_of_row(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row) {
+  if (row >= m.num_rows) return uint4{};
+  const int64_t index = row * kRowData + warp.lane;
+  return may_exist<Layout>(m, index) ? Layout::load(m, index) : uint4{};
+}
+template <typename Layout>
+__device__ __forceinline__ void store_to_row(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row, uint4 v) {
+  const int64_t index = row * kRowData + warp.lane;
+  if (may_exist<Layout>(m, index)) Layout::store(m, index, v);
+}
 
 // The source's part: pushes all of the message, as its peers make room for it. `pack` is of the first row; further ones
 // are asked for a tile ahead.
@@ -141,7 +143,7 @@ __device__ __forceinline__ Trouble push_tiles(const BroadcastOf<Layout>& m, cons
                                               uint4 pack) {
   int64_t row = warp.place.index;
   for (int64_t k = 0; row < m.num_rows; ++k) {
-    const uint4 next = RowPack<Layout>(m, warp, row + warp.place.count).load();
+    const uint4 next = load_of_row<Layout>(m, warp, row + warp.place.count);
     const Trouble trouble = counts.await_places(k);
     const uint32_t late = __ballot_sync(kWholeWarp, trouble != kFine);
     if (late != 0) return __shfl_sync(kWholeWarp, trouble, __ffs(late) - 1);  // the marks need the whole warp
@@ -153,7 +155,7 @@ __device__ __forceinline__ Trouble push_tiles(const BroadcastOf<Layout>& m, cons
       ptx::store_relaxed_sys(at + warp.lane * kPackBytes, sent);
       if (warp.lane % 16 == 0) ptx::store_relaxed_sys(at + warp.marks, marks);
     }
-    if (m.out != nullptr) RowPack<Layout>(m, warp, row).store(pack);
+    if (m.out != nullptr) store_to_row<Layout>(m, warp, row, pack);
     row += warp.place.count;
     pack = next;
   }
@@ -204,7 +206,7 @@ __device__ __forceinline__ Trouble take_tiles(const BroadcastOf<Layout>& m, cons
     if (k + 1 < num_tiles) next = fetch_row(warp, counts.row_at(rank, k + 1));
     if (row < m.num_rows && trouble == kFine) {
       trouble = take_row(m, warp, counts.row_at(rank, k), fetched);
-      if (trouble == kFine) RowPack<Layout>(m, warp, row).store(fetched.pack);
+      if (trouble == kFine) store_to_row<Layout>(m, warp, row, fetched.pack);
     }
     fetched = next;
     if (!counts.awaited(k, num_tiles)) continue;
@@ -224,7 +226,7 @@ __device__ __forceinline__ void give_up_broadcast(const BroadcastOf<Layout>& m, 
                                                   Trouble trouble) {
 #pragma unroll 1
   for (int64_t row = warp.place.index; m.out != nullptr && row < m.num_rows; row += warp.place.count) {
-    RowPack<Layout>(m, warp, row).store(sentinel_pack());
+    store_to_row<Layout>(m, warp, row, sentinel_pack());
   }
   fail_group(m.view.group, m.world, trouble, kBroadcast, start.epoch());
 }
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kBroadcastThreads, 4)
   const Start start = warps_apart ? read_start<false>(m.view.group) : read_start<true>(m.view.group);
   uint4 pack{};
   if (source) {
-    pack = RowPack<Layout>(m, warp, warp.place.index).load();
+    pack = load_of_row<Layout>(m, warp, warp.place.index);
     counts.look();
   }
   counts.tell_start();

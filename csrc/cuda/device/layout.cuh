@@ -1,6 +1,6 @@
 // How a kernel finds the packs of its message's tensors: packs are numbered in row-major order whatever the strides,
-// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out` of which some elements exist;
-// of a message M it needs a MessageOf<M>.
+// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out`; of a message M it needs a
+// MessageOf<M>. kAnyIndex: beyond the end it loads zeros and stores nothing; else some of a pack must exist.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -11,6 +11,7 @@ namespace sgl_comm::device {
 template <typename T, bool kWhole>
 struct RowMajor {
   using Element = T;
+  static constexpr bool kAnyIndex = !kWhole;
   template <typename Message>
   using MessageOf = Message;
 
@@ -34,6 +35,7 @@ template <typename T>
 class Strided {
  public:
   using Element = T;
+  static constexpr bool kAnyIndex = true;
   template <typename Message>
   using MessageOf = WithStrides<Message>;
 

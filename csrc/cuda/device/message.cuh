@@ -19,7 +19,7 @@ struct Message {
   bool defer;  // leave the bank full for the next launch to empty
 };
 
-// This thread among all of the launch: what it takes is the same on every rank.
+// This thread among all of the launch. But in a one-shot of strided tensors, what it takes is the same on every rank.
 struct Place {
   int64_t index, count;
 };

@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   fail_group(group, kWorld, trouble, m.op, start.epoch());
 }
 
-// The same for tensors of any alignment, length and strides, and with as many packs a thread as it takes.
+// The same for tensors of any alignment, length and strides, and with as many packs a thread as it takes. Ranks need
+// not agree on the grid, which for strided tensors is another: where a pack goes follows from its number alone, and a
+// thread pushes all of its packs before it waits for one.
 template <typename Layout, int kWorld>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     one_shot_loop_kernel(const __grid_constant__ typename Layout::template MessageOf<Message> m) {

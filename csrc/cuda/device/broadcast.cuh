@@ -117,23 +117,15 @@ class Counts {
 template <typename Layout>
 using BroadcastOf = typename Layout::template MessageOf<BroadcastMessage>;
 
-// False for a pack beyond the end that the layout cannot take.
-template <typename Layout>
-__device__ __forceinline__ bool may_exist(const BroadcastMessage& m, int64_t index) {
-  return Layout::kAnyIndex || index * kElements<typename Layout::Element> < m.count;
-}
-
 // This thread's pack of a row: zeros where there is none.
 template <typename Layout>
 __device__ __forceinline__ uint4 load_of_row(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row) {
   if (row >= m.num_rows) return uint4{};
-  const int64_t index = row * kRowData + warp.lane;
-  return may_exist<Layout>(m, index) ? Layout::load(m, index) : uint4{};
+  return Layout::load(m, row * kRowData + warp.lane);
 }
 template <typename Layout>
 __device__ __forceinline__ void store_to_row(const BroadcastOf<Layout>& m, const Warp& warp, int64_t row, uint4 v) {
-  const int64_t index = row * kRowData + warp.lane;
-  if (may_exist<Layout>(m, index)) Layout::store(m, index, v);
+  Layout::store(m, row * kRowData + warp.lane, v);
 }
 
 // The source's part: pushes all of the message, as its peers make room for it. `pack` is of the first row; further ones

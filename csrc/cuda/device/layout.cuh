@@ -1,6 +1,6 @@
 // How a kernel finds the packs of its message's tensors: packs are numbered in row-major order whatever the strides,
-// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out`; of a message M it needs a
-// MessageOf<M>. kAnyIndex: beyond the end it loads zeros and stores nothing; else some of a pack must exist.
+// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out`, with the words of pack.cuh; of
+// a message M it needs a MessageOf<M>.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -11,17 +11,24 @@ namespace sgl_comm::device {
 template <typename T, bool kWhole>
 struct RowMajor {
   using Element = T;
-  static constexpr bool kAnyIndex = !kWhole;
   template <typename Message>
   using MessageOf = Message;
 
   template <typename Message>
   static __device__ __forceinline__ uint4 load(const Message& m, int64_t index) {
-    return load_existing<T, kWhole>(m.in, m.count, index);
+    return load_pack<T, kWhole>(m.in, m.count, index);
+  }
+  template <typename Message>
+  static __device__ __forceinline__ uint4 load_existing(const Message& m, int64_t index) {
+    return device::load_existing<T, kWhole>(m.in, m.count, index);
   }
   template <typename Message>
   static __device__ __forceinline__ void store(const Message& m, int64_t index, uint4 v) {
-    store_existing<T, kWhole>(m.out, m.count, index, v);
+    store_pack<T, kWhole>(m.out, m.count, index, v);
+  }
+  template <typename Message>
+  static __device__ __forceinline__ void store_existing(const Message& m, int64_t index, uint4 v) {
+    device::store_existing<T, kWhole>(m.out, m.count, index, v);
   }
 };
 
@@ -35,7 +42,6 @@ template <typename T>
 class Strided {
  public:
   using Element = T;
-  static constexpr bool kAnyIndex = true;
   template <typename Message>
   using MessageOf = WithStrides<Message>;
 
@@ -45,9 +51,17 @@ class Strided {
     return load_elements<T>(m.in, m.count - index * kElements<T>, places);
   }
   template <typename Message>
+  static __device__ __forceinline__ uint4 load_existing(const Message& m, int64_t index) {
+    return load(m, index);
+  }
+  template <typename Message>
   static __device__ __forceinline__ void store(const Message& m, int64_t index, uint4 v) {
     const Places places(m.out_strides, index);
     store_elements<T>(m.out, m.count - index * kElements<T>, places, v);
+  }
+  template <typename Message>
+  static __device__ __forceinline__ void store_existing(const Message& m, int64_t index, uint4 v) {
+    store(m, index, v);
   }
 
  private:

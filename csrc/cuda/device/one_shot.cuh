@@ -12,7 +12,7 @@ template <typename Layout, int kWorld, typename Message>
 __device__ __forceinline__ void give_up_packs(const Message& m, const Place& place, const Start& start,
                                               Trouble trouble) {
 #pragma unroll 1
-  for (int64_t i = place.index; i < m.num_packs; i += place.count) Layout::store(m, i, sentinel_pack());
+  for (int64_t i = place.index; i < m.num_packs; i += place.count) Layout::store_existing(m, i, sentinel_pack());
   fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
 }
 
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   ptx::wait_for_previous_kernel();
   ptx::launch_next_kernel();
   uint4 own{};
-  if (first < num_packs) own = Layout::load(m, first);  // asked for before the epoch
-  const auto pack = [&](int i) { return i == first ? own : Layout::load(m, i); };
+  if (first < num_packs) own = Layout::load_existing(m, first);  // asked for before the epoch
+  const auto pack = [&](int i) { return i == first ? own : Layout::load_existing(m, i); };
   const Start start = read_start<true>(group);
   const uint64_t bank = bank_offset(m.view, start.bank());
   Trouble trouble = start.trouble();
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       trouble = receive_and_sum<typename Layout::Element, kWorld>(group, places, stride, pack(i), sum);
       if (trouble != kFine) break;
       if (!m.defer) empty_places<kWorld>(places, stride);
-      Layout::store(m, i, sum);
+      Layout::store_existing(m, i, sum);
     }
   }
   if (!leave(entry)) trouble = kOverlap;

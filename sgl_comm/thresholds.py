@@ -19,8 +19,8 @@ ALL_SIZES = 1 << 62
 _FALLBACK_BYTES = 128 * _MIB
 _REFERENCE_MAJOR = 9
 
-# World -> bytes up to which one shot is best. SM90: to four ranks as measured on H100s, docs/thresholds.md; beyond, and
-# for Blackwell (SM100), as published.
+# World -> bytes up to which one shot is best. SM90: to four ranks as measured on H100s and H200s, docs/thresholds.md;
+# beyond, and for Blackwell (SM100), as published.
 _ONE_SHOT_BYTES = {
     9: {2: ALL_SIZES, 3: 384 * _KIB, 4: 192 * _KIB, 5: 192 * _KIB, 6: 128 * _KIB, 7: 128 * _KIB, 8: 128 * _KIB},
     10: {2: 4 * _MIB, 3: 4 * _MIB, 4: 2 * _MIB, 5: 2 * _MIB, 6: 1 * _MIB, 7: 896 * _KIB, 8: 720 * _KIB},

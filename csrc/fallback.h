@@ -99,13 +99,18 @@ inline Tensor all_gather(const char* op, const Tensor& input, const std::string&
   return out;
 }
 
+// Rank src's bytes into the others' row-major memory.
+inline void broadcast_in_place(const char* op, const Tensor& buffer, int64_t src, const std::string& group_name) {
+  const python::Gil gil;
+  const python::Ref moved = python::from_tensor(bytes_of(buffer));
+  const python::Ref arguments(Py_BuildValue("(O L s)", moved.get(), static_cast<long long>(src), group_name.c_str()));
+  call_functional(op, "broadcast_", buffer, group_name, arguments, python::Ref(PyDict_New()));
+}
+
 // A fresh row-major tensor: rank src's input, bit for bit.
 inline Tensor broadcast(const char* op, const Tensor& input, int64_t src, const std::string& group_name, int rank) {
   const Tensor out = rank == src ? fresh_row_major(op, input) : empty_row_major(op, input);
-  const python::Gil gil;
-  const python::Ref moved = python::from_tensor(bytes_of(out));
-  const python::Ref arguments(Py_BuildValue("(O L s)", moved.get(), static_cast<long long>(src), group_name.c_str()));
-  call_functional(op, "broadcast_", input, group_name, arguments, python::Ref(PyDict_New()));
+  broadcast_in_place(op, out, src, group_name);
   return out;
 }
 

@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
       "tp_attn_all_reduce_and_layernorm(Tensor hidden_states, Tensor residual, Tensor weight, Tensor? bias, float eps,"
       " str norm=\"rms\", float weight_offset=0.0, *, str group_name) -> (Tensor, Tensor)");
 
+  // Between two running systems that the grafter has joined: rank src's input into the others', bit for bit, for every
+  // dtype and layout, in place.
+  m.def("grafter_broadcast_(Tensor(a!) input, int src, str group_name) -> ()");
+  m.def("_grafter_compare_(Tensor theirs, Tensor(a!) ours, bool take) -> Tensor");
+
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.
   m.def("_group_open(str group_name, int rank, int world, bool compare_calls=False) -> ()");
@@ -38,6 +43,7 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_publish(str group_name, float timeout, int first_epoch) -> Tensor");
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
+  m.def("_shm_limit_waits(str group_name, float timeout) -> ()");
   m.def("_shm_fault(str group_name) -> str");
   m.def("_ledger(str group_name) -> Tensor");
   m.def("_layout_copies() -> int");

@@ -142,6 +142,13 @@ def _cfg_broadcast_(input: Tensor, src: int, group_name: str) -> None:
     input.copy_(_ops.cfg_broadcast(input, src, group_name))
 
 
+@register_fake("sgl_comm::grafter_broadcast_")
+def _grafter_broadcast_(input: Tensor, src: int, group_name: str) -> None:
+    raise RuntimeError(
+        "sgl_comm::grafter_broadcast_: got a call under torch.compile; expected an eager one, as Grafter makes it"
+    )
+
+
 def _register_effects() -> None:
     ordered = torch._library.effects.EffectType.ORDERED
     for op in _EFFECTFUL:

@@ -60,7 +60,38 @@ BUILD_CUDA = EnvVar(
     "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
 )
 
-ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, CHECK, BUILD_CUDA)
+
+def _grafter(name: str, meaning: str, default: str = "") -> EnvVar:
+    return EnvVar(f"SGL_COMM_GRAFTER_{name.upper()}", default, f"{meaning} Read by GrafterConfig.from_env().")
+
+
+_GRAFTER_FIELDS = {
+    "enable": ("1: tensors are moved between this system and another one (see GrafterConfig).", "0"),
+    "role": ("baseline or target: which of the two systems this is.",),
+    "b2t_filter": ("An expression over tags: these tensors go from the baseline to the target.",),
+    "t2b_filter": ("An expression over tags: these tensors go from the target to the baseline.",),
+    "master_address": ("Where rank 0 of the baseline listens.",),
+    "master_port": ("The port there.",),
+    "baseline_world_size": ("How many ranks the baseline has.",),
+    "target_world_size": ("How many ranks the target has.",),
+    "rank": ("This process's rank inside its side, where neither the default group nor RANK says it.",),
+    "backend": ("gloo, nccl or shm: what carries the tensors.", "gloo"),
+    "group_name": ("A name that both sides give themselves.", "sgl_comm_grafter"),
+    "timeout": ("Seconds (float) for the meeting of both sides, and for each exchange.", "300"),
+    "mode": ("graft, observe (compare alone) or record (into record_dir, without another side).", "graft"),
+    "layout": ("How this side's ranks hold a tensor: Replicate, Shard(dim) or Pad(dim, size[, layout]).",),
+    "transform_path": ("package.module.function: makes the receiver's tensor of the senders' pieces.",),
+    "on_dtype": ("error, cast or skip: what a receiver does with another dtype.", "error"),
+    "on_shape": ("error, cast (a reshape of as many elements) or skip: what it does with another shape.", "error"),
+    "strict": ("1: raise every fault, instead of logging and counting it.", "0"),
+    "token": ("What both sides must know before they meet.",),
+    "report_dir": ("Where each rank's lines go, for `python -m sgl_comm graft-report`.", "graft_report"),
+    "record_dir": ("Where mode=record writes tensors, and where mode=observe reads them instead of from a peer.",),
+}
+GRAFTER = {name: _grafter(name, *words) for name, words in _GRAFTER_FIELDS.items()}
+"""Field of GrafterConfig -> its variable."""
+
+ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, CHECK, BUILD_CUDA, *GRAFTER.values())
 
 
 def timeout_seconds() -> float:

@@ -122,6 +122,22 @@ def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = Fa
     return _called(_ops.cfg_broadcast_, (input, src, group_name), async_op)
 
 
+def grafter_broadcast_(input: Tensor, src: int, group_name: str) -> None:
+    """Rank ``src``'s ``input`` into the others', bit for bit, between two running systems that ``Grafter`` has joined.
+
+    Args:
+        input: any dtype, device and strides, alike in shape and dtype on all ranks; only ``src``'s values matter.
+        src: a rank of the group, from 0.
+        group_name: the name of one of the grafter's groups.
+
+    Raises:
+        SglCommError: as for ``cfg_broadcast_``; or the call is inside a CUDA graph capture or under ``torch.compile``,
+            since a replay could not meet the other system.
+    """
+    with own_errors():
+        _ops.grafter_broadcast_(input, src, group_name)
+
+
 def _called(op: torch._ops.OpOverloadPacket, args: tuple[Any, ...], async_op: bool) -> Any:
     if torch.compiler.is_compiling():
         if async_op:

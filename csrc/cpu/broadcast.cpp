@@ -1,4 +1,6 @@
 // cfg_broadcast between the processes of one host, through shared memory.
+#include "cpu/broadcast.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,17 +14,15 @@
 
 namespace sgl_comm::cpu {
 
-namespace {
-
 // The source's bytes pass through its slot, a chunk a step: copied once in and, by each peer, once out. The source goes
 // on at once, two chunks ahead of its peers at most. There is one step at least, so that an empty call, too, must be
-// the same on all ranks. `buffer` is row-major: read on the source, written on the others.
-void broadcast(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffer) {
+// the same on all ranks.
+void broadcast(const char* op, ShmCommunicator& comm, Call::Kind kind, int64_t src, Tensor& buffer) {
   const auto count = static_cast<size_t>(buffer.numel()), bytes = count * buffer.element_size();
   const bool source = comm.rank() == src;
   const std::byte* const in = source ? static_cast<const std::byte*>(buffer.const_data_ptr()) : nullptr;
   std::byte* const out = source ? nullptr : static_cast<std::byte*>(buffer.mutable_data_ptr());
-  const auto turn = comm.begin(op, {Call::Kind::kBroadcast, buffer.scalar_type(), count, static_cast<uint8_t>(src)});
+  const auto turn = comm.begin(op, {kind, buffer.scalar_type(), count, static_cast<uint8_t>(src)});
   size_t first = 0;
   do {
     const size_t length = std::min(ShmCommunicator::kSlotBytes, bytes - first);
@@ -44,11 +44,13 @@ void broadcast(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffe
   } while (first < bytes);
 }
 
+namespace {
+
 Tensor received(const char* op, const Groups::GroupPtr& group, const Tensor& input, int64_t src) {
   if (group->world == 1) return fresh_row_major(op, input);
   if (group->communicator == nullptr) return fallback::broadcast(op, input, src, group->name, group->rank);
   Tensor out = group->rank == src ? fresh_row_major(op, input) : empty_row_major(op, input);
-  broadcast(op, *group->communicator, src, out);
+  broadcast(op, *group->communicator, Call::Kind::kBroadcast, src, out);
   return out;
 }
 
@@ -60,9 +62,9 @@ void receive_in_place(const char* op, const Groups::GroupPtr& group, Tensor& inp
     if (!source) torch::stable::copy_(input, sent);
   } else if (source) {
     Tensor in = row_major(input);
-    broadcast(op, *group->communicator, src, in);
+    broadcast(op, *group->communicator, Call::Kind::kBroadcast, src, in);
   } else {
-    overwrite(op, input, [&](Tensor& out) { broadcast(op, *group->communicator, src, out); });
+    overwrite(op, input, [&](Tensor& out) { broadcast(op, *group->communicator, Call::Kind::kBroadcast, src, out); });
   }
 }
 

@@ -31,6 +31,8 @@ const char* name_of(Call::Kind kind) {
       return "cfg_all_reduce";
     case Call::Kind::kBroadcast:
       return "cfg_broadcast";
+    case Call::Kind::kGrafterBroadcast:
+      return "grafter_broadcast_";
     case Call::Kind::kCompareCalls:
       return "the comparison of calls (SGL_COMM_CHECK)";
     default:
@@ -42,7 +44,7 @@ std::string describe(uint64_t packed) {
   const Call call = Call::unpacked(packed);
   const DType summed = dtype_of(call.dtype);
   const char* dtype = summed != DType::kOther ? name_of(summed) : torch::headeronly::toString(call.dtype);
-  const std::string source = call.kind == Call::Kind::kBroadcast ? " from rank " + std::to_string(call.source) : "";
+  const std::string source = call.has_source() ? " from rank " + std::to_string(call.source) : "";
   return std::string(name_of(call.kind)) + " of " + std::to_string(call.count) + " " + dtype + source;
 }
 
@@ -204,7 +206,7 @@ std::string ShmCommunicator::fault() const {
   const std::string peer = "rank " + std::to_string(fault.peer), finder = "rank " + std::to_string(fault.rank);
   switch (fault.kind) {
     case FaultKind::kTimeout:
-      text << finder << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for " << peer
+      text << finder << " waited " << timeout_seconds_ << " s (" << timeout_name_ << ") for " << peer
            << ", which never came to";
       break;
     case FaultKind::kDied:

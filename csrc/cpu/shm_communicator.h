@@ -41,18 +41,20 @@ struct Call {
     kBroadcast = 5,
     kCompareCalls = 6,
     kCfgAllReduce = 7,
+    kGrafterBroadcast = 8,
   };
   static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 6, kDTypeBits = 6, kCudaCallsBits = 8;
 
   Kind kind;
   torch::headeronly::ScalarType dtype;
   uint64_t count;      // of a rank's input
-  uint8_t source = 0;  // a broadcast's
+  uint8_t source = 0;  // a broadcast's, of either kind
   // Set by begin(): the last bits of how many cfg_ calls this rank has refused and, of a cfg_ call, of how many it has
   // made of CUDA tensors.
   uint8_t refused = 0, cuda_calls = 0;
 
   bool is_cfg() const { return kind == Kind::kCfgAllReduce || kind == Kind::kBroadcast; }
+  bool has_source() const { return kind == Kind::kBroadcast || kind == Kind::kGrafterBroadcast; }
 
   uint64_t packed() const {
     uint64_t word = uint64_t(kind);
@@ -107,6 +109,13 @@ class ShmCommunicator {
 
   int rank() const { return rank_; }
   int world() const { return world_; }
+
+  // How long a wait may last from here on; `name` says in errors where that was set.
+  void limit_waits(double timeout_seconds, const char* name) {
+    const std::unique_lock lock(mutex_);
+    timeout_seconds_ = timeout_seconds;
+    timeout_name_ = name;
+  }
 
   // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
   std::unique_lock<std::mutex> begin(const char* op, Call call);
@@ -176,7 +185,8 @@ class ShmCommunicator {
   const std::string group_name_;
   const int rank_;
   const int world_;
-  const double timeout_seconds_;
+  double timeout_seconds_;  // with its name under the lock, as all that follows
+  const char* timeout_name_ = "SGL_COMM_TIMEOUT";
   int spin_limit_ = 0;
   GroupSegment segment_;
   Header* header_ = nullptr;

@@ -1,0 +1,12 @@
+// A broadcast through shared memory, by whatever op.
+#pragma once
+
+#include "cpu/shm_communicator.h"
+#include "tensor.h"
+
+namespace sgl_comm::cpu {
+
+// `buffer` is row-major: read on rank src, written on the others. The source does not wait for its peers.
+void broadcast(const char* op, ShmCommunicator& comm, Call::Kind kind, int64_t src, Tensor& buffer);
+
+}  // namespace sgl_comm::cpu

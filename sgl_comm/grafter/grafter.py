@@ -1,0 +1,286 @@
+"""``Grafter``: what a model calls, or what hooks call for it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import re
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgl_comm.errors import SglCommError
+from sgl_comm.grafter.compare import compare
+from sgl_comm.grafter.config import GrafterConfig
+from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer
+from sgl_comm.grafter.faults import ExchangeFault
+from sgl_comm.grafter.filters import Filter
+from sgl_comm.grafter.header import DTYPES, Extras, Header, tags_of
+from sgl_comm.grafter.journal import Journal
+from sgl_comm.grafter.records import RecordedPeer, Recorder
+from sgl_comm.grafter.transforms import Layout, as_layout, load_transform
+
+logger = logging.getLogger(__name__)
+
+_open_grafters: weakref.WeakSet[Grafter] = weakref.WeakSet()
+
+
+class Grafter:
+    """Moves tensors between this running system and another one, as its configuration says.
+
+    Each side calls it with its tensors, in one order; those that match a filter are exchanged, others cost nothing.
+    The two sides meet in the first exchange. A context manager; ``close`` ends it.
+
+    Args:
+        config: by default what the environment says.
+
+    Raises:
+        SglCommError: no rank for this process, or no such transform; or records that cannot be read.
+    """
+
+    def __init__(self, config: GrafterConfig | None = None) -> None:
+        self.config = config = GrafterConfig.from_env() if config is None else config
+        self.enabled: bool = config.enable
+        if not config.enable:
+            return
+        self.rank: int = config.side_rank()
+        self.off: str = ""
+        """Why the grafter has switched itself off; empty while it has not."""
+        parsed = {name: Filter.parse(text, name) for name, text in config.filters().items()}
+        self._b2t, self._t2b = parsed.get("b2t_filter"), parsed.get("t2b_filter")
+        self._sends = "b2t" if config.role == "baseline" else "t2b"
+        self._transform = load_transform(config.transform_path) if config.transform_path else None
+        self._lock = threading.RLock()
+        self._sequence = 0
+        self._journal = Journal(config, self.rank)
+        peer = LivePeer if config.live else Recorder if config.mode == "record" else RecordedPeer
+        self._peer = peer(config, self.rank)
+        _open_grafters.add(self)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors were sent, received, observed, recorded, skipped, unmatched, faults."""
+        return dict(self._journal.counts) if self.config.enable else {}
+
+    def maybe_intercept(
+        self,
+        value: Tensor,
+        tags: Mapping[str, Any],
+        extras: Extras | None = None,
+        layout: Layout | str | None = None,
+    ) -> None:
+        """Exchanges a tensor if its tags match a filter; in mode "graft" the receiver's ``value`` is overwritten.
+
+        Args:
+            value: any dtype, device and strides. Its bits arrive as they are.
+            tags: which tensor it is: its ``name``, and more names with text, numbers, booleans or None. Both sides must
+                give the same ones. ``rank``, this process's inside its side, is added for the filters.
+            extras: what a transform on the other side gets with it: names with JSON's values, of 8 KiB at most.
+            layout: how this side's ranks hold this tensor, instead of the configuration's layout.
+
+        Raises:
+            SglCommError: the tags match both filters, or a CUDA graph is being captured. With ``strict`` also: the
+                sides are out of step, their tensors do not go together, a transform failed, or the other side is not
+                there; without, these are logged and counted, ``value`` stays as it is, and after the last of them the
+                grafter is off.
+        """
+        if not self.enabled:
+            return
+        self._intercept(value, tags, extras, layout)
+
+    def dump(self, name: str, value: Tensor, **tags: Any) -> None:
+        """``maybe_intercept`` of a tensor by this name and these tags; for model code."""
+        if not self.enabled:
+            return
+        self._intercept(value, {"name": name, **tags}, None, None)
+
+    def hook_modules(
+        self, model: nn.Module, patterns: Sequence[str] = ("*",), **tags: Any
+    ) -> AbstractContextManager[None]:
+        """While it is entered, what these modules return is intercepted.
+
+        Args:
+            model: its modules are known by their path inside it, such as "layers.3.mlp".
+            patterns: of paths, as file names are matched (``fnmatch``).
+            **tags: more tags for all of them.
+
+        A tensor's name is the module's path, with ".0", ".1" or ".key" behind it where a module returns a tuple, list
+        or dict of tensors; ``layer`` is the first number in the path, ``step`` how often the module has run since then.
+        """
+        return self._hooks(model, patterns, tags) if self.enabled else ExitStack()
+
+    @contextmanager
+    def _hooks(self, model: nn.Module, patterns: Sequence[str], tags: Mapping[str, Any]) -> Iterator[None]:
+        steps: dict[str, int] = {}
+        with ExitStack() as stack:
+            for path, module in model.named_modules():
+                if not path or not any(fnmatchcase(path, pattern) for pattern in patterns):
+                    continue
+
+                def hook(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
+                    step = steps[path] = steps.get(path, -1) + 1
+                    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+                    where = {"layer": int(number[1]) if number else None, "step": step}
+                    for name, tensor in _tensors_of(path, output):
+                        self.maybe_intercept(tensor, {"name": name, **where, **tags})
+
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    def close(self) -> None:
+        """Leaves the other side and ends the report; nothing is exchanged from then on. Safe to call twice."""
+        if not self.enabled:
+            return
+        with self._lock:
+            self.enabled = False
+            self._peer.close()
+            self._journal.close()
+        _open_grafters.discard(self)
+
+    def __enter__(self) -> Grafter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.compiler.disable
+    def _intercept(
+        self, value: Tensor, tags: Mapping[str, Any], extras: Extras | None, layout: Layout | str | None
+    ) -> None:
+        with self._lock:
+            direction = self._direction({**tags, "rank": self.rank})
+            if direction is None:
+                self._journal.counts["unmatched"] += 1
+                return
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise SglCommError(
+                    f"grafter: got {tags.get('name')!r} inside a CUDA graph capture; expected an eager call: a replay"
+                    " could not meet the other side (capture without the grafter, or run eagerly)"
+                )
+            if self.off or (not self.config.live and (direction == self._sends) != (self.config.mode == "record")):
+                self._journal.counts["skipped"] += 1
+                return
+            mine = self._header(direction, value, tags, extras, layout)
+            self._sequence += 1
+            try:
+                # A tensor made in inference mode may be written in inference mode alone.
+                made_there = isinstance(value, Tensor) and value.is_inference()
+                with torch.inference_mode() if made_there else torch.no_grad():
+                    self._exchange(mine, value)
+            except ExchangeFault as error:
+                self._fail(mine, error)
+            except Exception as error:
+                self._switch_off(str(error) or type(error).__name__)
+                self._fail(mine, error)
+
+    def _direction(self, tags: Mapping[str, Any]) -> str | None:
+        b2t = self._b2t is not None and self._b2t(tags)
+        t2b = self._t2b is not None and self._t2b(tags)
+        if b2t and t2b:
+            raise SglCommError(
+                f"grafter: {tags.get('name')!r} matched BOTH grafter_b2t_filter and grafter_t2b_filter; expected one of"
+                f" them at most (tags: {dict(tags)!r})"
+            )
+        return "b2t" if b2t else "t2b" if t2b else None
+
+    def _header(
+        self, direction: str, value: object, tags: Mapping[str, Any], extras: Extras | None, layout: Layout | str | None
+    ) -> Header:
+        """What this rank says of its tensor; what is wrong with it goes to all ranks as the ``problem``."""
+        config = self.config
+        fields: dict[str, Any] = {"name": "", "tags": {}, "dtype": "", "shape": (), "extras": extras or {}}
+        fields |= {"sequence": self._sequence, "direction": direction}
+        fields |= {"on_dtype": config.on_dtype, "on_shape": config.on_shape}
+        try:
+            fields["name"], fields["tags"] = tags_of(tags)
+            if not isinstance(fields["extras"], dict):
+                raise SglCommError(f"got a {type(extras).__name__} as extras; expected a dict")
+            if not isinstance(value, Tensor):
+                raise SglCommError(f"got a {type(value).__name__} as {fields['name']!r}; expected a tensor")
+            dtype = str(value.dtype).removeprefix("torch.")
+            if dtype not in DTYPES or value.layout != torch.strided:
+                known = ", ".join(DTYPES)
+                raise SglCommError(f"got {value.dtype}, {value.layout}; expected a tensor with strides, of {known}")
+            fields |= {"dtype": dtype, "shape": tuple(value.shape), "layout": self._layout(direction, layout)}
+            header = Header(**fields)
+            header.bytes()
+            return header
+        except SglCommError as error:
+            return Header(
+                **{**fields, "tags": {}, "extras": {}, "name": fields["name"][:200]}, problem=str(error)[:1000]
+            )
+
+    def _layout(self, direction: str, layout: Layout | str | None) -> str:
+        if not self.config.gathers:
+            if layout is not None:
+                raise SglCommError(
+                    f"got layout {layout} and a configuration without one; expected GrafterConfig.layout on both sides"
+                )
+            return ""
+        if self._transform is not None and direction != self._sends:
+            return BY_TRANSFORM
+        chosen = as_layout(layout) or self.config.layout
+        return str(chosen or "")
+
+    def _exchange(self, mine: Header, value: Tensor) -> None:
+        start = time.perf_counter()
+        sends = mine.direction == self._sends
+        me, got = self._peer.exchange(mine, value.detach() if isinstance(value, Tensor) else None, sends)
+        num_bytes = value.numel() * value.element_size()
+        if not isinstance(got, Delivery):
+            outcome = "skipped" if got.skipped else "recorded" if self.config.mode == "record" else "sent"
+            self._journal.exchange(mine, None, outcome, num_bytes, time.perf_counter() - start, got.skipped)
+            return
+        placed = got.place(me, value.detach(), self._transform, mine, self.config.on_dtype)
+        if isinstance(placed, str):
+            self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
+            return
+        incoming, ours = placed
+        takes = self.config.mode == "graft"
+        try:
+            comparison = compare(incoming, ours, takes, mine.direction == "b2t")
+        except RuntimeError as error:
+            raise ExchangeFault(f"it cannot be written into {list(value.shape)}: {error}") from None
+        outcome = "received" if takes else "observed"
+        self._journal.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
+
+    def _fail(self, mine: Header, error: Exception) -> None:
+        self._journal.fault(mine, str(error))
+        text = f"grafter: {self.config.role} rank {self.rank}, {mine}: {error}"
+        if self.off:
+            text += "; the grafter is off from here on"
+        logger.error("sgl_comm: %s", text, exc_info=not isinstance(error, SglCommError))
+        if self.config.strict:
+            raise SglCommError(text) from error
+
+    def _switch_off(self, why: str) -> None:
+        self.off = why
+        self._peer.close()
+
+
+def _tensors_of(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _tensors_of(f"{name}.{key}", value)
+    elif isinstance(output, (tuple, list)):
+        for index, value in enumerate(output):
+            yield from _tensors_of(f"{name}.{index}", value)
+
+
+@atexit.register
+def _close_all() -> None:
+    """A gloo group that outlives the interpreter aborts the process."""
+    for grafter in list(_open_grafters):
+        grafter.close()

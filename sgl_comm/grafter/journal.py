@@ -1,0 +1,97 @@
+"""The lines of a run, as JSON, one file a rank: what was exchanged, how far it was apart, what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+from sgl_comm.grafter.compare import Comparison
+from sgl_comm.grafter.config import GrafterConfig
+from sgl_comm.grafter.header import Header
+
+logger = logging.getLogger(__name__)
+
+PATTERN = "graft-*.jsonl"
+
+
+class Journal:
+    """This rank's file; it is made, or made anew, with the first line.
+
+    A line is one of: ``{"kind": "setting", ...}`` the configuration; ``"exchange"`` one tensor, with the comparison on
+    the side that received it; ``"fault"`` an exchange that was not, and why; ``"summary"`` the counts, when the grafter
+    closes.
+    """
+
+    def __init__(self, config: GrafterConfig, rank: int) -> None:
+        self._config, self._rank = config, rank
+        self.path = Path(config.report_dir) / f"graft-{config.role}-{rank}.jsonl"
+        self._file: TextIO | None = None
+        self.counts: Counter[str] = Counter()
+
+    def exchange(
+        self, header: Header, comparison: Comparison | None, outcome: str, num_bytes: int, seconds: float, why: str = ""
+    ) -> None:
+        """One tensor that was sent, received, observed, recorded or skipped (``outcome``; ``why``)."""
+        self.counts[outcome] += 1
+        more = dataclasses.asdict(comparison) if comparison else {"why": why} if why else {}
+        self._write(
+            kind="exchange", **_which(header), outcome=outcome, bytes=num_bytes, seconds=round(seconds, 6), **more
+        )
+
+    def fault(self, header: Header, text: str) -> None:
+        """An exchange that was not."""
+        self.counts["faults"] += 1
+        self._write(kind="fault", **_which(header), fault=text)
+
+    def close(self) -> None:
+        """Writes the counts, if there has been anything to count."""
+        if self.counts:
+            self._write(kind="summary", counts=dict(self.counts))
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, **fields: Any) -> None:
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("w", encoding="utf-8")
+                self._write(**self._setting())
+            self._file.write(json.dumps(_as_json(fields)) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk is no reason to stop a model
+            if not self.counts["lines lost"]:
+                logger.warning("sgl_comm: grafter: lines of the report are lost: %s", error)
+            self.counts["lines lost"] += 1
+
+    def _setting(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self._config).items() if name != "token"}
+        return {
+            "kind": "setting",
+            **fields,
+            "rank": self._rank,
+            "layout": str(self._config.layout or ""),
+            "time": time.time(),
+        }
+
+
+def _which(header: Header) -> dict[str, Any]:
+    return {
+        "sequence": header.sequence, "direction": header.direction, "name": header.name, "tags": header.tags,
+        "dtype": header.dtype, "shape": list(header.shape), "layout": header.layout,
+    }  # fmt: skip
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinities; they go as text, which ``float`` reads."""
+    if isinstance(value, dict):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,148 @@
+"""The offline twin: a side's tensors in a folder, written by one run and read in place of it by another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_comm.errors import SglCommError
+from sgl_comm.grafter.config import GrafterConfig
+from sgl_comm.grafter.exchange import Delivery, Plan, make_plan
+from sgl_comm.grafter.faults import ExchangeFault
+from sgl_comm.grafter.header import Header, read_header
+from sgl_comm.grafter.meeting import Member
+
+_TENSOR = "value"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise SglCommError(
+            "grafter: got mode record, or a record_dir to observe; expected safetensors to be installed"
+            ' (pip install "sgl_comm[report]")'
+        ) from None
+    return safetensors
+
+
+class Recorder:
+    """Writes what this rank would send: ``<role>-<rank>-<sequence>.safetensors``, with the header as metadata."""
+
+    def __init__(self, config: GrafterConfig, rank: int) -> None:
+        self._safetensors = _safetensors()
+        self._folder, self._me = Path(config.record_dir), Member(rank, config.role, rank)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def exchange(self, mine: Header, value: Tensor | None, sends: bool) -> tuple[Member, Plan]:
+        """Writes one tensor.
+
+        Raises:
+            ExchangeFault: it cannot be written.
+        """
+        if mine.problem:
+            raise ExchangeFault(mine.problem)
+        assert value is not None
+        path = self._folder / f"{self._me.role}-{self._me.rank}-{mine.sequence:06d}.safetensors"
+        try:
+            metadata = {"header": mine.bytes().decode()}
+            self._safetensors.torch.save_file({_TENSOR: value.detach().contiguous().cpu()}, path, metadata)
+        except (OSError, KeyError, ValueError, RuntimeError, self._safetensors.SafetensorError) as error:
+            raise ExchangeFault(f"cannot record it in {path}: {error}") from None
+        return self._me, Plan((self._me,))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    path: Path
+    header: Header
+
+
+class RecordedPeer:
+    """Reads the other side's tensors out of the folder: the k-th of a name and tags is the k-th recorded one.
+
+    What other ranks of this side have is not known here: their tensors are taken to have the shape of this rank's.
+    """
+
+    def __init__(self, config: GrafterConfig, rank: int) -> None:
+        self._safetensors = _safetensors()
+        self._config, self._rank = config, rank
+        self._other = "target" if config.role == "baseline" else "baseline"
+        self._records = self._find()
+        self._seen: dict[str, int] = defaultdict(int)
+
+    def exchange(self, mine: Header, value: Tensor | None, sends: bool) -> tuple[Member, Delivery | Plan]:
+        """Finds the records of one tensor.
+
+        Raises:
+            ExchangeFault: there is none, or it does not go with this rank's tensor.
+        """
+        key = _key(mine)
+        number = self._seen[key]
+        self._seen[key] += 1
+        senders: dict[Member, _Record] = {}
+        for rank in self._sending_ranks():
+            found = self._records.get((rank, key), [])
+            if number >= len(found):
+                raise ExchangeFault(
+                    f"{self._other} rank {rank} has {len(found)} records of {mine} in {self._config.record_dir};"
+                    f" expected number {number + 1}"
+                )
+            senders[Member(rank, self._other, rank)] = found[number]
+        headers = {
+            member: dataclasses.replace(record.header, sequence=mine.sequence) for member, record in senders.items()
+        }
+        me = Member(self._rank, self._config.role, self._rank)
+        ranks = range(self._config.world_size) if self._config.gathers else [self._rank]
+        plan = make_plan(headers, {Member(rank, self._config.role, rank): mine for rank in ranks})
+        if plan.skipped or value is None:
+            return me, plan
+        return me, Delivery(plan, headers, [self._load(senders[member], value.device) for member in plan.senders])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _sending_ranks(self) -> list[int]:
+        config = self._config
+        size = config.baseline_world_size if self._other == "baseline" else config.target_world_size
+        assert size is not None
+        return list(range(size)) if config.gathers else [self._rank]
+
+    def _find(self) -> dict[tuple[int, str], list[_Record]]:
+        records: dict[tuple[int, str], list[_Record]] = defaultdict(list)
+        folder = Path(self._config.record_dir)
+        paths = sorted(folder.glob(f"{self._other}-*-*.safetensors"))
+        if not paths:
+            raise SglCommError(
+                f"grafter: got record_dir {str(folder)!r} without records of the {self._other}; expected some"
+            )
+        for path in paths:
+            try:
+                with self._safetensors.safe_open(path, "pt") as file:
+                    header = read_header((file.metadata() or {}).get("header", "").encode())
+                rank = int(path.name.split("-")[1])
+            except (OSError, ValueError, SglCommError, self._safetensors.SafetensorError) as error:
+                raise SglCommError(f"grafter: got {path}, which is no record: {error}") from None
+            records[rank, _key(header)].append(_Record(path, header))
+        return records
+
+    def _load(self, record: _Record, device: torch.device) -> Tensor:
+        try:
+            with self._safetensors.safe_open(record.path, "pt", device=str(device)) as file:
+                return file.get_tensor(_TENSOR)
+        except (OSError, self._safetensors.SafetensorError) as error:
+            raise ExchangeFault(f"cannot read {record.path}: {error}") from None
+
+
+def _key(header: Header) -> str:
+    return json.dumps([header.direction, header.name, header.tags], sort_keys=True)

@@ -4,7 +4,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "python_call.h"
 #include "rows.h"
@@ -52,28 +54,83 @@ inline Tensor all_reduce(const char* op, const Tensor& input, const std::string&
   return Tensor(done);
 }
 
-// torch.ops._c10d_functional.NAME(*arguments, **keywords), and the wait for it: Python's own door, open in every torch.
-inline Tensor call_functional(const char* op, const char* name, const Tensor& input, const std::string& group_name,
-                              const python::Ref& arguments, const python::Ref& keywords) {
+// torch.ops._c10d_functional.NAME(*arguments, **keywords): Python's own door, open in every torch. What it gives is
+// still under way. Null, with Python's error set, where it failed. Needs the GIL.
+inline python::Ref start_functional(const char* name, const python::Ref& arguments, const python::Ref& keywords) {
   // Where one of these is null Python's error is set, and nothing may be called until it is taken.
   const python::Ref functional =
       arguments && keywords ? python::import("torch").attr("ops").attr("_c10d_functional") : python::Ref(nullptr);
   const python::Ref start = functional.attr(name);
-  const python::Ref pending(start ? PyObject_Call(start.get(), arguments.get(), keywords.get()) : nullptr);
-  const python::Ref wait = pending ? functional.attr("wait_tensor") : python::Ref(nullptr);
-  const python::Ref done(wait ? PyObject_CallFunctionObjArgs(wait.get(), pending.get(), nullptr) : nullptr);
-  Tensor result = python::to_tensor(done);
-  SGL_CHECK(result.defined(), op, ": the fallback to the own backend of group '", group_name,
-            "' (NCCL or gloo) failed on ", describe(input), ": ", python::take_error());
+  return python::Ref(start ? PyObject_Call(start.get(), arguments.get(), keywords.get()) : nullptr);
+}
+
+// The end of it.
+inline python::Ref wait_functional(const python::Ref& pending) {
+  const python::Ref wait =
+      pending ? python::import("torch").attr("ops").attr("_c10d_functional").attr("wait_tensor") : python::Ref(nullptr);
+  return python::Ref(wait ? PyObject_CallFunctionObjArgs(wait.get(), pending.get(), nullptr) : nullptr);
+}
+
+[[noreturn]] inline void fail_functional(const char* op, const Tensor& input, const std::string& group_name) {
+  fail("sgl_comm::", op, ": the fallback to the own backend of group '", group_name, "' (NCCL or gloo) failed on ",
+       describe(input), ": ", python::take_error());
+}
+
+inline Tensor call_functional(const char* op, const char* name, const Tensor& input, const std::string& group_name,
+                              const python::Ref& arguments, const python::Ref& keywords) {
+  Tensor result = python::to_tensor(wait_functional(start_functional(name, arguments, keywords)));
+  if (!result.defined()) fail_functional(op, input, group_name);
   return result;
 }
 
-// Row-major memory as bytes, which every backend moves, whatever the dtype. Owns nothing.
-inline Tensor bytes_of(const Tensor& tensor) {
-  void* const data = const_cast<void*>(tensor.const_data_ptr());
-  const int64_t size = num_bytes(tensor);
-  return torch::stable::from_blob(data, {size}, {1}, tensor.device(), torch::headeronly::ScalarType::Byte);
+// Broadcasts under way, one after the other. It does not end before all of them have: they may still write.
+class Segments {
+ public:
+  Segments(const char* op, const Tensor& input, const std::string& group_name)
+      : op_(op), input_(input), group_name_(group_name) {}
+  Segments(const Segments&) = delete;
+  Segments& operator=(const Segments&) = delete;
+  ~Segments() {
+    const python::Gil gil;
+    for (; next_ < pending_.size(); ++next_) {
+      wait_functional(pending_[next_]);
+      PyErr_Clear();
+    }
+    pending_.clear();
+  }
+
+  void start(const Tensor& bytes, int64_t src) {
+    const python::Gil gil;
+    const python::Ref moved = python::from_tensor(bytes);
+    const python::Ref arguments(
+        Py_BuildValue("(O L s)", moved.get(), static_cast<long long>(src), group_name_.c_str()));
+    pending_.push_back(start_functional("broadcast_", arguments, python::Ref(PyDict_New())));
+    if (!pending_.back()) fail();
+  }
+
+  void wait_for_next() {
+    const python::Gil gil;
+    if (!wait_functional(pending_[next_++])) fail();
+  }
+
+ private:
+  [[noreturn]] void fail() { fail_functional(op_, input_, group_name_); }
+
+  const char* op_;
+  const Tensor& input_;
+  const std::string& group_name_;
+  std::vector<python::Ref> pending_;
+  size_t next_ = 0;
+};
+
+// Row-major memory as bytes, which every backend moves, whatever the dtype: `length` of them from `first` on. Owns
+// nothing.
+inline Tensor bytes_of(const Tensor& tensor, int64_t first, int64_t length) {
+  auto* const data = static_cast<std::byte*>(const_cast<void*>(tensor.const_data_ptr()));
+  return torch::stable::from_blob(data + first, {length}, {1}, tensor.device(), torch::headeronly::ScalarType::Byte);
 }
+
+inline Tensor bytes_of(const Tensor& tensor) { return bytes_of(tensor, 0, num_bytes(tensor)); }
 
 // A fresh row-major tensor: the sums of this rank's share of the rows.
 inline Tensor reduce_scatter(const char* op, const Tensor& input, const std::string& group_name, int world) {
@@ -99,12 +156,29 @@ inline Tensor all_gather(const char* op, const Tensor& input, const std::string&
   return out;
 }
 
-// Rank src's bytes into the others' row-major memory.
+// Rank src's bytes into the others' row-major memory, in segments of so many bytes (alike on all ranks) that are all
+// under way at once. arrived(first, last) is told of the bytes of each, in order, without the GIL.
+template <typename Arrived>
+void broadcast_in_place(const char* op, const Tensor& buffer, int64_t src, const std::string& group_name,
+                        int64_t segment_bytes, Arrived&& arrived) {
+  const int64_t total = num_bytes(buffer);
+  std::vector<int64_t> ends;
+  Segments under_way(op, buffer, group_name);
+  do {
+    const int64_t first = ends.empty() ? 0 : ends.back();
+    ends.push_back(std::min(first + segment_bytes, total));
+    under_way.start(bytes_of(buffer, first, ends.back() - first), src);
+  } while (ends.back() < total);
+  int64_t first = 0;
+  for (const int64_t last : ends) {
+    under_way.wait_for_next();
+    arrived(first, last);
+    first = last;
+  }
+}
+
 inline void broadcast_in_place(const char* op, const Tensor& buffer, int64_t src, const std::string& group_name) {
-  const python::Gil gil;
-  const python::Ref moved = python::from_tensor(bytes_of(buffer));
-  const python::Ref arguments(Py_BuildValue("(O L s)", moved.get(), static_cast<long long>(src), group_name.c_str()));
-  call_functional(op, "broadcast_", buffer, group_name, arguments, python::Ref(PyDict_New()));
+  broadcast_in_place(op, buffer, src, group_name, num_bytes(buffer) + 1, [](int64_t, int64_t) {});
 }
 
 // A fresh row-major tensor: rank src's input, bit for bit.

@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   // Between two running systems that the grafter has joined: rank src's input into the others', bit for bit, for every
   // dtype and layout, in place.
   m.def("grafter_broadcast_(Tensor(a!) input, int src, str group_name) -> ()");
-  m.def("_grafter_compare_(Tensor theirs, Tensor(a!) ours, bool take) -> Tensor");
+  m.def("_grafter_receive_(Tensor(a!) staging, Tensor(b!) ours, bool take, int src, str group_name) -> Tensor");
+  m.def("_grafter_compare(Tensor theirs, Tensor ours) -> Tensor");
 
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.

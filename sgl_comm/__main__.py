@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sgl_comm.tools import bench
+from sgl_comm.tools import bench, graft_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sgl_comm", description="Tools of sgl_comm.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     bench.add_parser(commands)
+    graft_report.add_parser(commands)
     args = parser.parse_args(argv)
     return args.main(args)
 

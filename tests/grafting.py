@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -35,11 +35,17 @@ def config_of(role: str, worlds: tuple[int, int], port: int, **fields: Any) -> d
 class Systems:
     """Two systems, each with its own launch and default group (gloo, of its side alone)."""
 
-    def __init__(self, worlds: tuple[int, int], device: str = "cpu", make_comm: bool = False) -> None:
+    def __init__(
+        self,
+        worlds: tuple[int, int],
+        device: str = "cpu",
+        make_comm: bool = False,
+        envs: Sequence[dict[str, str]] = ({}, {}),
+    ) -> None:
         self.worlds = worlds
         self.pools = {
-            role: RankPool(world, device, make_comm=make_comm)
-            for role, world in zip(("baseline", "target"), worlds, strict=True)
+            role: RankPool(world, device, env, make_comm)
+            for role, world, env in zip(("baseline", "target"), worlds, envs, strict=True)
         }
 
     def run(
@@ -69,11 +75,6 @@ class Systems:
                 raise first or second  # type: ignore[misc]
             return running[0].result(), running[1].result()
 
-    @property
-    def usable(self) -> bool:
-        """Whether all ranks live."""
-        return all(pool.usable for pool in self.pools.values())
-
     def close(self) -> None:
         """Ends all ranks."""
         for pool in self.pools.values():
@@ -81,9 +82,11 @@ class Systems:
 
 
 @contextmanager
-def systems(worlds: tuple[int, int], device: str = "cpu", make_comm: bool = False) -> Iterator[Systems]:
-    """Two systems for the duration of a block."""
-    both = Systems(worlds, device, make_comm)
+def systems(
+    worlds: tuple[int, int], device: str = "cpu", make_comm: bool = False, envs: Sequence[dict[str, str]] = ({}, {})
+) -> Iterator[Systems]:
+    """Two systems for the duration of a block; ``envs`` are environment variables of either."""
+    both = Systems(worlds, device, make_comm, envs)
     try:
         yield both
     finally:

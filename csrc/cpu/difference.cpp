@@ -70,19 +70,18 @@ struct Float16 {
 
 // A block of which every element is finite, as are the sums in fp32; else those are not, and it must be done slowly.
 struct BlockSums {
-  float product, theirs_squared, ours_squared, difference_squared, max_abs;
+  float theirs_squared, ours_squared, difference_squared, max_abs;
   uint32_t max_ulp, differing;
 };
 
 template <typename Element>
 SGL_INLINE BlockSums sum_words(const int32_t* theirs, const int32_t* ours) {
-  float product[kLanes] = {}, aa[kLanes] = {}, bb[kLanes] = {}, dd[kLanes] = {}, largest[kLanes] = {};
+  float aa[kLanes] = {}, bb[kLanes] = {}, dd[kLanes] = {}, largest[kLanes] = {};
   uint32_t ulp[kLanes] = {}, differing[kLanes] = {};
   for (size_t i = 0; i < kBlock; i += kLanes) {
     for (size_t lane = 0; lane < kLanes; ++lane) {
       const int32_t p = theirs[i + lane], q = ours[i + lane];
       const float a = Element::value(p), b = Element::value(q), d = a - b;
-      product[lane] += a * b;
       aa[lane] += a * a;
       bb[lane] += b * b;
       dd[lane] += d * d;
@@ -95,7 +94,6 @@ SGL_INLINE BlockSums sum_words(const int32_t* theirs, const int32_t* ours) {
   }
   BlockSums sums{};
   for (size_t lane = 0; lane < kLanes; ++lane) {
-    sums.product += product[lane];
     sums.theirs_squared += aa[lane];
     sums.ours_squared += bb[lane];
     sums.difference_squared += dd[lane];
@@ -143,7 +141,6 @@ void add_slowly(Difference& sums, const typename Element::Bits* theirs, const ty
     }
     ++sums.finite;
     const double x = static_cast<double>(a), y = static_cast<double>(b), d = Element::distance(a, b);
-    sums.product += x * y;
     sums.theirs_squared += x * x;
     sums.ours_squared += y * y;
     sums.difference_squared += d * d;
@@ -190,7 +187,6 @@ void add_blocks(Difference& sums, const void* theirs_bytes, const void* ours_byt
                              0,
                              0,
                              0,
-                             block.product,
                              block.theirs_squared,
                              block.ours_squared,
                              block.difference_squared,
@@ -210,7 +206,6 @@ Difference operator+(const Difference& a, const Difference& b) {
   sum.ours_nan += b.ours_nan;
   sum.theirs_inf += b.theirs_inf;
   sum.ours_inf += b.ours_inf;
-  sum.product += b.product;
   sum.theirs_squared += b.theirs_squared;
   sum.ours_squared += b.ours_squared;
   sum.difference_squared += b.difference_squared;

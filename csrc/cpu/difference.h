@@ -13,7 +13,7 @@ struct Difference {
   int64_t finite = 0;     // pairs in which both are
   int64_t differing = 0;  // pairs whose bits are not the same
   int64_t theirs_nan = 0, ours_nan = 0, theirs_inf = 0, ours_inf = 0;
-  double product = 0, theirs_squared = 0, ours_squared = 0, difference_squared = 0;
+  double theirs_squared = 0, ours_squared = 0, difference_squared = 0;
   double max_abs = 0;
   double max_ulp = 0;  // in representable values of the dtype; 0 for integers
 };

@@ -87,6 +87,15 @@ std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
   return "";
 }
 
+void ShmCommunicator::limit_waits(double seconds, const char* name) {
+  using Clock = std::chrono::steady_clock;
+  const std::unique_lock lock(mutex_);
+  timeout_seconds_ = seconds;
+  timeout_name_ = name;
+  const std::chrono::duration<double> span(std::min(seconds, 1e9));
+  waits_end_at_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(span);
+}
+
 std::unique_lock<std::mutex> ShmCommunicator::begin(const char* op, Call call) {
   std::unique_lock lock(mutex_);
   op_ = op;
@@ -168,7 +177,9 @@ __attribute__((noinline)) void ShmCommunicator::await_slowly(Flag& flag, int pee
     if (header_->fault.state.load(std::memory_order_acquire) != 0) refuse();
     if (closed) give_up(FaultKind::kClosed, peer, moment);
     if (died) give_up(FaultKind::kDied, peer, moment);
-    const double left = timeout_seconds_ - std::chrono::duration<double>(Clock::now() - start).count();
+    const Clock::time_point now = Clock::now();
+    const auto seconds = [](Clock::duration span) { return std::chrono::duration<double>(span).count(); };
+    const double left = std::min(timeout_seconds_ - seconds(now - start), seconds(waits_end_at_ - now));
     if (left <= 0) give_up(FaultKind::kTimeout, peer, moment);
     flag.sleep_below(moment.step, std::min<int64_t>(kSleepNanoseconds, static_cast<int64_t>(left * 1e9) + 1));
   }

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -110,12 +111,8 @@ class ShmCommunicator {
   int rank() const { return rank_; }
   int world() const { return world_; }
 
-  // How long a wait may last from here on; `name` says in errors where that was set.
-  void limit_waits(double timeout_seconds, const char* name) {
-    const std::unique_lock lock(mutex_);
-    timeout_seconds_ = timeout_seconds;
-    timeout_name_ = name;
-  }
+  // Waits end that many seconds from now at the latest, until this is called again; `name` says in errors who says so.
+  void limit_waits(double seconds, const char* name);
 
   // Starts a collective: no other thread's may run until the lock goes. Throws where an earlier one failed.
   std::unique_lock<std::mutex> begin(const char* op, Call call);
@@ -185,8 +182,9 @@ class ShmCommunicator {
   const std::string group_name_;
   const int rank_;
   const int world_;
-  double timeout_seconds_;  // with its name under the lock, as all that follows
+  double timeout_seconds_;  // of a wait; with what follows written under the lock
   const char* timeout_name_ = "SGL_COMM_TIMEOUT";
+  std::chrono::steady_clock::time_point waits_end_at_ = std::chrono::steady_clock::time_point::max();
   int spin_limit_ = 0;
   GroupSegment segment_;
   Header* header_ = nullptr;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgl_comm.errors import SglCommError
+from sgl_comm.grafter.compare import can_compare_in_one_pass
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.faults import Deadline, ExchangeFault, TransportFault
 from sgl_comm.grafter.header import DTYPES, Header, read_frame
@@ -132,11 +133,15 @@ def _numel(shape: Shape) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Delivery:
-    """What a receiver got: the pieces of the plan's senders, in their order, on the receiver's device."""
+    """What a receiver got: the pieces of the plan's senders, in their order, on the receiver's device.
+
+    Where ``totals`` are there the tensor has been compared on the way, and taken if it was to be.
+    """
 
     plan: Plan
     senders: Headers
     pieces: Sequence[Tensor]
+    totals: Tensor | None = None
 
     def place(
         self, me: Member, value: Tensor, transform: Transform | None, own: Header, on_dtype: str
@@ -178,6 +183,18 @@ class Delivery:
             raise ExchangeFault(said) from error
 
 
+def write(incoming: Tensor, ours: Tensor) -> None:
+    """What has come, into the receiver's tensor, whatever its strides.
+
+    Raises:
+        ExchangeFault: its elements share memory.
+    """
+    try:
+        ours.copy_(incoming)
+    except RuntimeError as error:
+        raise ExchangeFault(f"it cannot be written into {list(ours.shape)}: {error}") from None
+
+
 class LivePeer:
     """The other side, while it runs. Meets it in the first exchange."""
 
@@ -212,19 +229,35 @@ class LivePeer:
                 link.channel_of(me).broadcast(value, me, deadline)
             return me, plan
         assert value is not None
+        if not link.stars:
+            return me, self._receive_from_rank_i(link, plan, senders, value, deadline)
         pieces = []
         for member in plan.senders:
-            piece = self._room_for(senders[member], value.device, shared=len(plan.senders) == 1 and not link.stars)
+            header = senders[member]
+            piece = torch.empty(header.shape, dtype=DTYPES[header.dtype], device=value.device)
             if piece.numel():
                 link.channel_of(member).broadcast(piece, member, deadline)
             pieces.append(piece)
         return me, Delivery(plan, senders, pieces)
 
-    def _room_for(self, header: Header, device: torch.device, shared: bool) -> Tensor:
-        """Memory for a piece: where rank i's goes to rank i, the same again and again, since new memory is slow."""
+    def _receive_from_rank_i(
+        self, link: Link, plan: Plan, senders: Headers, value: Tensor, deadline: Deadline
+    ) -> Delivery:
+        (sender,) = plan.senders
+        piece = self._room_for(senders[sender], value.device)
+        totals = None
+        if can_compare_in_one_pass(value) and piece.dtype == value.dtype and piece.numel():
+            ours, takes = value.contiguous(), self._config.mode == "graft"
+            totals = link.headers.receive(piece, ours, takes, sender, deadline)
+            if takes and ours.data_ptr() != value.data_ptr():
+                write(ours, value)
+        elif piece.numel():
+            link.headers.broadcast(piece, sender, deadline)
+        return Delivery(plan, senders, [piece], totals)
+
+    def _room_for(self, header: Header, device: torch.device) -> Tensor:
+        """Memory for a piece, the same again and again, since new memory is slow."""
         dtype = DTYPES[header.dtype]
-        if not shared:
-            return torch.empty(header.shape, dtype=dtype, device=device)
         num_bytes = _numel(header.shape) * dtype.itemsize
         room = self._scratch.get(device)
         if room is None or room.numel() < num_bytes:

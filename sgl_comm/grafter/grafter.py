@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter.compare import compare
+from sgl_comm.grafter.compare import compare, comparison_of
 from sgl_comm.grafter.config import GrafterConfig
-from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer
+from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer, write
 from sgl_comm.grafter.faults import ExchangeFault
 from sgl_comm.grafter.filters import Filter
 from sgl_comm.grafter.header import DTYPES, Extras, Header, tags_of
@@ -94,13 +94,16 @@ class Grafter:
         """
         if not self.enabled:
             return
-        self._intercept(value, tags, extras, layout)
+        if torch.compiler.is_compiling():
+            self._intercept_uncompiled(value, tags, extras, layout)
+        else:
+            self._intercept(value, tags, extras, layout)
 
     def dump(self, name: str, value: Tensor, **tags: Any) -> None:
         """``maybe_intercept`` of a tensor by this name and these tags; for model code."""
         if not self.enabled:
             return
-        self._intercept(value, {"name": name, **tags}, None, None)
+        self.maybe_intercept(value, {"name": name, **tags})
 
     def hook_modules(
         self, model: nn.Module, patterns: Sequence[str] = ("*",), **tags: Any
@@ -154,10 +157,15 @@ class Grafter:
         self.close()
 
     @torch.compiler.disable
+    def _intercept_uncompiled(self, *args: Any) -> None:
+        self._intercept(*args)
+
     def _intercept(
         self, value: Tensor, tags: Mapping[str, Any], extras: Extras | None, layout: Layout | str | None
     ) -> None:
         with self._lock:
+            if not self.enabled:  # closed by another thread meanwhile
+                return
             direction = self._direction({**tags, "rank": self.rank})
             if direction is None:
                 self._journal.counts["unmatched"] += 1
@@ -241,16 +249,18 @@ class Grafter:
             outcome = "skipped" if got.skipped else "recorded" if self.config.mode == "record" else "sent"
             self._journal.exchange(mine, None, outcome, num_bytes, time.perf_counter() - start, got.skipped)
             return
-        placed = got.place(me, value.detach(), self._transform, mine, self.config.on_dtype)
-        if isinstance(placed, str):
-            self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
-            return
-        incoming, ours = placed
-        takes = self.config.mode == "graft"
-        try:
-            comparison = compare(incoming, ours, takes, mine.direction == "b2t")
-        except RuntimeError as error:
-            raise ExchangeFault(f"it cannot be written into {list(value.shape)}: {error}") from None
+        takes, by_baseline = self.config.mode == "graft", mine.direction == "b2t"
+        if got.totals is not None:
+            comparison = comparison_of(value, got.totals, by_baseline)
+        else:
+            placed = got.place(me, value.detach(), self._transform, mine, self.config.on_dtype)
+            if isinstance(placed, str):
+                self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
+                return
+            incoming, ours = placed
+            comparison = compare(incoming, ours, by_baseline)
+            if takes:
+                write(incoming, ours)
         outcome = "received" if takes else "observed"
         self._journal.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
 

@@ -72,7 +72,7 @@ class Header:
             SglCommError: something in it that JSON does not have, or it is too long.
         """
         try:
-            text = json.dumps(dataclasses.asdict(self), allow_nan=False, separators=(",", ":")).encode()
+            text = json.dumps(vars(self), allow_nan=False, separators=(",", ":")).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise SglCommError(f"got tags or extras that cannot be sent ({error}); expected JSON's values") from None
         if len(text) > FRAME_BYTES - _LENGTH_BYTES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ class Journal:
         self._config, self._rank = config, rank
         self.path = Path(config.report_dir) / f"graft-{config.role}-{rank}.jsonl"
         self._file: TextIO | None = None
+        self._begin = ""
         self.counts: Counter[str] = Counter()
 
     def exchange(
@@ -39,7 +39,7 @@ class Journal:
     ) -> None:
         """One tensor that was sent, received, observed, recorded or skipped (``outcome``; ``why``)."""
         self.counts[outcome] += 1
-        more = dataclasses.asdict(comparison) if comparison else {"why": why} if why else {}
+        more = vars(comparison) if comparison else {"why": why} if why else {}
         self._write(
             kind="exchange", **_which(header), outcome=outcome, bytes=num_bytes, seconds=round(seconds, 6), **more
         )
@@ -63,12 +63,14 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("w", encoding="utf-8")
                 self._write(**self._setting())
-            self._file.write(json.dumps(_as_json(fields)) + "\n")
+            self._file.write(self._begin + json.dumps(_as_json(fields)) + "\n")
+            self._begin = ""
             self._file.flush()
         except OSError as error:  # a full disk is no reason to stop a model
             if not self.counts["lines lost"]:
                 logger.warning("sgl_comm: grafter: lines of the report are lost: %s", error)
             self.counts["lines lost"] += 1
+            self._begin = "\n"  # half a line may have been written
 
     def _setting(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self._config).items() if name != "token"}

@@ -72,6 +72,14 @@ class Channel:
         """``source``'s tensor into the others'."""
         self._bounded(deadline, lambda: sgl_ops.grafter_broadcast_(tensor, self.index_of(source), self.name))
 
+    def receive(self, staging: Tensor, ours: Tensor, take: bool, source: Member, deadline: Deadline) -> Tensor:
+        """``broadcast`` into ``staging`` on a receiver, and what ``_grafter_compare`` gives of it and ``ours``.
+
+        Both are alike, row-major and of the CPU. With ``take`` ours becomes theirs, when everything has come.
+        """
+        args = (staging, ours, take, self.index_of(source), self.name)
+        return self._bounded(deadline, lambda: _ops._grafter_receive_(*args))
+
     def close(self) -> None:
         """Gives the name and the memory up."""
         _ops._group_close(self.name)
@@ -85,7 +93,8 @@ class Channel:
         for limit in self._limits:
             limit(deadline)
         try:
-            return call()
+            with sgl_ops.own_errors():
+                return call()
         except SglCommError as error:
             who = ", ".join(str(member) for member in self.members if self.index_of(member) != self.rank)
             late = f" within {deadline.seconds:g} s (timeout)" if deadline.over() else ""

@@ -40,6 +40,10 @@ class Recorder:
         self._safetensors = _safetensors()
         self._folder, self._me = Path(config.record_dir), Member(rank, config.role, rank)
         self._folder.mkdir(parents=True, exist_ok=True)
+        if any(self._folder.glob(f"{self._me.role}-{self._me.rank}-*.safetensors")):
+            raise SglCommError(
+                f"grafter: got record_dir {str(self._folder)!r}, which has records of {self._me}; expected none yet"
+            )
 
     def exchange(self, mine: Header, value: Tensor | None, sends: bool) -> tuple[Member, Plan]:
         """Writes one tensor.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -188,11 +188,16 @@ class MiniLM:
             output=weights.output_and_norm(f"{name}.output", eps, group_name),
         )
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """Sentence embeddings, (sentences, hidden), fp32, of length 1: the mean over the tokens, normalised."""
+    def embed(self, batch: Batch, dump: Callable[..., None] | None = None) -> torch.Tensor:
+        """Sentence embeddings, (sentences, hidden), fp32, of length 1: the mean over the tokens, normalised.
+
+        ``dump(name, value, **tags)``, as ``Grafter.dump``, is given the hidden states, which it may overwrite.
+        """
         x = self.norm(self.words[batch.ids] + self.types[0] + self.positions[: batch.ids.shape[1]])
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             x = layer(x, batch.mask)
+            if dump is not None:
+                dump("hidden_states", x, layer=index)
         weight = batch.mask[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(1) / weight.sum(1), dim=-1)
 

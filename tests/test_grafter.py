@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from cases import random_bytes
-from grafting import Systems, grafted, systems
+from grafting import Systems, config_of, free_port, grafted, systems
 from torch import Tensor
 
-from sgl_comm import testing
+import sgl_comm
+from sgl_comm import envs, testing
 from sgl_comm.grafter import Grafter, GrafterConfig
 from sgl_comm.testing import RankContext
 
@@ -210,3 +214,38 @@ def with_unmatched(ctx: RankContext, fields: dict[str, Any], report_dir: str, ca
     result = grafted(ctx, fields, report_dir, [*extra, *calls] if fields["role"] == "baseline" else calls)
     result["counts"].setdefault("unmatched", 0)
     return result
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from sgl_comm.grafter import Grafter
+with Grafter() as grafter:
+    x = torch.full((3,), float(sys.argv[1]), dtype=torch.float16)
+    grafter.dump("x", x)
+    print(x.tolist(), grafter.counts, dist.is_initialized())
+"""
+
+
+def test_no_default_group_is_needed(tmp_path: Path) -> None:
+    """Two processes that have nothing of torch.distributed's, told by the environment alone."""
+    fields = config_of("", (1, 1), free_port(), b2t_filter="name == 'x'", report_dir=str(tmp_path), timeout=60)
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environ |= {envs.GRAFTER[name].name: str(int(value) if value is True else value) for name, value in fields.items()}
+    environ["PYTHONPATH"] = str(Path(sgl_comm.__file__).parents[1])
+    sides = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, number], env={**environ, envs.GRAFTER["role"].name: role},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for role, number in (("baseline", "1"), ("target", "2"))
+    ]  # fmt: skip
+    try:
+        printed = [side.communicate(timeout=90) for side in sides]
+    finally:
+        for side in sides:
+            side.kill()
+    assert [side.returncode for side in sides] == [0, 0], printed
+    assert [out for out, _ in printed] == [
+        "[1.0, 1.0, 1.0] {'sent': 1} False\n",
+        "[1.0, 1.0, 1.0] {'received': 1} False\n",
+    ]

@@ -53,7 +53,7 @@ void broadcast_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor
 // The receivers look at a segment while the next ones are under way.
 constexpr int64_t kSegmentBytes = 8 << 20;
 
-// `buffer` is row-major. arrived(first, last) is told of bytes that have come, in order and on every rank.
+// `buffer` is row-major. arrived(first, last) is told of all its bytes, in order, when they have come or gone.
 template <typename Arrived>
 void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer, Arrived&& arrived) {
   if (group->communicator != nullptr) {
@@ -95,7 +95,7 @@ void for_each_part(size_t num_parts, size_t parts_a_thread, const Work& work) {
   constexpr size_t kMostThreads = 4;
   cpu_set_t cores{};
   sched_getaffinity(0, sizeof cores, &cores);
-  const size_t allowed = std::min<size_t>(kMostThreads, std::max(1, CPU_COUNT(&cores)));
+  const size_t allowed = std::clamp<size_t>(CPU_COUNT(&cores), 1, kMostThreads);
   const size_t num_threads = std::clamp<size_t>(num_parts / parts_a_thread, 1, allowed);
   std::atomic<size_t> next{0};
   const auto run = [&] {

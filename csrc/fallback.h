@@ -83,6 +83,18 @@ inline Tensor call_functional(const char* op, const char* name, const Tensor& in
   return result;
 }
 
+// How long calls of the group's own backend that begin from here on may last.
+inline void limit_waits(const char* op, const std::string& group_name, double seconds) {
+  const python::Gil gil;
+  const python::Ref span = python::import("datetime").attr("timedelta");
+  const python::Ref limit(span ? PyObject_CallFunction(span.get(), "dd", 0.0, seconds) : nullptr);
+  const python::Ref find = limit ? python::import("torch.distributed.distributed_c10d").attr("_resolve_process_group")
+                                 : python::Ref(nullptr);
+  const python::Ref group(find ? PyObject_CallFunction(find.get(), "s", group_name.c_str()) : nullptr);
+  const python::Ref done(group ? PyObject_CallMethod(group.get(), "set_timeout", "O", limit.get()) : nullptr);
+  if (!done) fail("sgl_comm::", op, ": cannot limit the waits of group '", group_name, "': ", python::take_error());
+}
+
 // Broadcasts under way, one after the other. It does not end before all of them have: they may still write.
 class Segments {
  public:
@@ -156,29 +168,36 @@ inline Tensor all_gather(const char* op, const Tensor& input, const std::string&
   return out;
 }
 
-// Rank src's bytes into the others' row-major memory, in segments of so many bytes (alike on all ranks) that are all
-// under way at once. arrived(first, last) is told of the bytes of each, in order, without the GIL.
-template <typename Arrived>
+// Rank src's bytes into the others' row-major memory, in segments of so many bytes (alike on all ranks), two of which
+// are under way at once. before_start() is called ahead of each; arrived(first, last) is told of the bytes of each, in
+// order. Both without the GIL.
+template <typename BeforeStart, typename Arrived>
 void broadcast_in_place(const char* op, const Tensor& buffer, int64_t src, const std::string& group_name,
-                        int64_t segment_bytes, Arrived&& arrived) {
+                        int64_t segment_bytes, BeforeStart&& before_start, Arrived&& arrived) {
   const int64_t total = num_bytes(buffer);
-  std::vector<int64_t> ends;
   Segments under_way(op, buffer, group_name);
+  int64_t started = 0;
+  const auto start_next = [&] {
+    const int64_t length = std::min(segment_bytes, total - started);
+    before_start();
+    under_way.start(bytes_of(buffer, started, length), src);
+    started += length;
+  };
+  start_next();  // of an empty tensor, too
+  if (started < total) start_next();
+  int64_t come = 0;
   do {
-    const int64_t first = ends.empty() ? 0 : ends.back();
-    ends.push_back(std::min(first + segment_bytes, total));
-    under_way.start(bytes_of(buffer, first, ends.back() - first), src);
-  } while (ends.back() < total);
-  int64_t first = 0;
-  for (const int64_t last : ends) {
     under_way.wait_for_next();
-    arrived(first, last);
-    first = last;
-  }
+    if (started < total) start_next();
+    const int64_t last = std::min(come + segment_bytes, total);
+    arrived(come, last);
+    come = last;
+  } while (come < total);
 }
 
 inline void broadcast_in_place(const char* op, const Tensor& buffer, int64_t src, const std::string& group_name) {
-  broadcast_in_place(op, buffer, src, group_name, num_bytes(buffer) + 1, [](int64_t, int64_t) {});
+  broadcast_in_place(
+      op, buffer, src, group_name, num_bytes(buffer) + 1, [] {}, [](int64_t, int64_t) {});
 }
 
 // A fresh row-major tensor: rank src's input, bit for bit.

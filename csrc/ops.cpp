@@ -36,6 +36,8 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("grafter_broadcast_(Tensor(a!) input, int src, str group_name) -> ()");
   m.def("_grafter_receive_(Tensor(a!) staging, Tensor(b!) ours, bool take, int src, str group_name) -> Tensor");
   m.def("_grafter_compare(Tensor theirs, Tensor ours) -> Tensor");
+  m.def("_overlaps_itself(Tensor input) -> bool");
+  m.def("_limit_waits(str group_name, float seconds) -> ()");
 
   // Set-up and tear-down, called by Python's Communicator alone. A handle is a fixed-size uint8 tensor that the
   // ranks exchange over their own group; reasons and texts are empty when all is well.
@@ -44,7 +46,6 @@ STABLE_TORCH_LIBRARY(sgl_comm, m) {
   m.def("_shm_publish(str group_name, float timeout, int first_epoch) -> Tensor");
   m.def("_shm_attach(str group_name, Tensor handles) -> str");
   m.def("_shm_settle(str group_name, bool agreed) -> ()");
-  m.def("_shm_limit_waits(str group_name, float timeout) -> ()");
   m.def("_shm_fault(str group_name) -> str");
   m.def("_ledger(str group_name) -> Tensor");
   m.def("_layout_copies() -> int");

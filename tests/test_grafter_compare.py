@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -127,14 +128,25 @@ def test_tensors_of_any_strides(device: str, dtype: torch.dtype) -> None:
         assert compare(placed.tensor, theirs.to(device), False).rel_l2 == pytest.approx(found.rel_l2, rel=1e-4)
 
 
-def test_the_threads_do_not_change_the_figures() -> None:
-    theirs, ours = values(300_000, torch.float32, 6), values(300_000, torch.float32, 7)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_values_do_not_vanish(device: str, dtype: torch.dtype) -> None:
+    """Their squares are too small for fp32."""
+    for size in (1e-20, 1e-25, 1e-30):
+        theirs = (values(5000, torch.float64, 8) * size).to(dtype)
+        for ours in (theirs * 2, -theirs, torch.zeros_like(theirs)):
+            assert_right(compare(theirs.to(device), ours.to(device), True), theirs, ours)
+
+
+def test_the_cores_do_not_change_the_figures() -> None:
+    """Large tensors are compared by as many threads as there are cores."""
+    theirs, ours = values(6_000_000, torch.float32, 6), values(6_000_000, torch.float32, 7)
+    cores = os.sched_getaffinity(0)
     try:
-        found = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            found.append(compare(theirs, ours, True))
-        assert found[0] == found[1] == found[2]
+        os.sched_setaffinity(0, {min(cores)})
+        alone = compare(theirs, ours, True)
     finally:
-        torch.set_num_threads(threads)
+        os.sched_setaffinity(0, cores)
+    together = compare(theirs, ours, True)
+    assert alone == together
+    assert_right(together, theirs, ours)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sgl_comm import SglCommError, testing
 from sgl_comm.grafter import Grafter, GrafterConfig
 
+safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 
@@ -145,6 +146,20 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     safetensors_torch.save_file({"value": torch.ones(3)}, path)  # without a header
     with pytest.raises(SglCommError, match="which is no record"):
         side(tmp_path, "target")
+
+
+def test_a_record_whose_header_tells_of_another_tensor_is_a_fault(tmp_path: Path) -> None:
+    with side(tmp_path, "baseline") as grafter:
+        grafter.dump("x", torch.ones(4))
+    (path,) = (tmp_path / "records").iterdir()
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for other in (torch.ones(4, dtype=torch.int32), torch.ones(2, 2), torch.ones(3)):
+        safetensors_torch.save_file({"value": other}, path, metadata)
+        with side(tmp_path, "target") as grafter:
+            grafter.dump("x", torch.ones(4))
+            assert grafter.counts == {"faults": 1}
+            assert grafter.off == ""
 
 
 def test_a_tensor_that_cannot_be_recorded_is_a_fault(tmp_path: Path) -> None:

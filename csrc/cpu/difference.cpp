@@ -68,7 +68,7 @@ struct Float16 {
   static SGL_INLINE uint32_t ulp(Word a, Word b) { return values_apart<uint32_t, Bits>(a, b); }
 };
 
-// A block of which every element is finite, as are the sums in fp32; else those are not, and it must be done slowly.
+// Of a block: right as long as squares_are_right(); else it must be done slowly.
 struct BlockSums {
   float theirs_squared, ours_squared, difference_squared, max_abs;
   uint32_t max_ulp, differing;
@@ -170,6 +170,14 @@ struct Int64 {
   static int ulp(Bits, Bits) { return 0; }
 };
 
+// Whether no number was other than finite, and no square too large for fp32; nor, where it matters, too small.
+bool squares_are_right(const BlockSums& sums) {
+  constexpr float kSmall = 0x1p-100f;
+  const float least = std::min({sums.theirs_squared, sums.ours_squared, sums.difference_squared});
+  return std::isfinite(sums.theirs_squared + sums.ours_squared + sums.difference_squared) &&
+         (sums.differing == 0 || least >= kSmall);
+}
+
 template <typename Element, typename SumBlock>
 void add_blocks(Difference& sums, const void* theirs_bytes, const void* ours_bytes, size_t count, SumBlock sum_block) {
   using Bits = typename Element::Bits;
@@ -177,7 +185,7 @@ void add_blocks(Difference& sums, const void* theirs_bytes, const void* ours_byt
   size_t i = 0;
   for (; i + kBlock <= count; i += kBlock) {
     const BlockSums block = sum_block(theirs + i, ours + i);
-    if (!std::isfinite(block.theirs_squared + block.ours_squared + block.difference_squared)) {
+    if (!squares_are_right(block)) {
       add_slowly<Slow<Element>>(sums, theirs + i, ours + i, kBlock);
       continue;
     }

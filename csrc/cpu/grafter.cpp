@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -53,6 +54,19 @@ void broadcast_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor
 // The receivers look at a segment while the next ones are under way.
 constexpr int64_t kSegmentBytes = 8 << 20;
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Waits of the group end that many seconds from now at the latest.
+void limit_waits(const Text& group_name, double seconds) {
+  const auto group = groups().find("grafter_broadcast_", group_name);
+  group->waits_end_at = now() + seconds;
+  if (group->communicator != nullptr) {
+    group->communicator->limit_waits(seconds, "the grafter's timeout");
+  } else {
+    fallback::limit_waits("grafter_broadcast_", group->name, seconds);
+  }
+}
+
 // `buffer` is row-major. arrived(first, last) is told of all its bytes, in order, when they have come or gone.
 template <typename Arrived>
 void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer, Arrived&& arrived) {
@@ -61,7 +75,11 @@ void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src,
     arrived(0, num_bytes(buffer));
   } else {
     const int64_t segment_bytes = buffer.is_cpu() ? kSegmentBytes : num_bytes(buffer) + 1;
-    fallback::broadcast_in_place(op, buffer, src, group->name, segment_bytes, arrived);
+    const double end = group->waits_end_at;
+    const auto limit = [&] {
+      if (end > 0) fallback::limit_waits(op, group->name, std::max(1e-3, end - now()));
+    };
+    fallback::broadcast_in_place(op, buffer, src, group->name, segment_bytes, limit, arrived);
   }
 }
 
@@ -102,6 +120,7 @@ void for_each_part(size_t num_parts, size_t parts_a_thread, const Work& work) {
     for (size_t part = next++; part < num_parts; part = next++) work(part);
   };
   std::vector<std::thread> others;
+  others.reserve(num_threads);
   try {
     while (others.size() + 1 < num_threads) others.emplace_back(run);
   } catch (const std::system_error&) {  // no more threads to be had: fewer do it
@@ -196,9 +215,9 @@ Tensor grafter_receive_(Tensor staging, Tensor ours, bool take, int64_t src, con
   return comparison.totals();
 }
 
-void shm_limit_waits(const Text& group_name, double timeout) {
-  const auto group = groups().find("init", group_name);
-  if (group->communicator != nullptr) group->communicator->limit_waits(timeout, "the grafter's timeout");
+bool tensor_overlaps_itself(const Tensor& input) {
+  check_strided("_overlaps_itself", input);
+  return overlaps_itself(input);
 }
 
 }  // namespace
@@ -212,5 +231,6 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
   m.impl("grafter_broadcast_", TORCH_BOX(&sgl_comm::cpu::grafter_broadcast_));
-  m.impl("_shm_limit_waits", TORCH_BOX(&sgl_comm::cpu::shm_limit_waits));
+  m.impl("_limit_waits", TORCH_BOX(&sgl_comm::cpu::limit_waits));
+  m.impl("_overlaps_itself", TORCH_BOX(&sgl_comm::cpu::tensor_overlaps_itself));
 }

@@ -37,7 +37,7 @@ class GrafterConfig:
         rank: this process's inside its side; by default the default group's, else ``RANK``, else 0 of one.
         backend: what carries tensors: "gloo"; "nccl" (CUDA tensors; the rest by gloo); "shm" (shared memory of one
             host, gloo where there is none).
-        group_name: two pairs of systems that share a port would need two.
+        group_name: a name of this pair of systems, alike on both sides.
         timeout: seconds for the meeting of both sides, and again for each exchange.
         mode: "graft" writes into the receiver's tensor; "observe" compares and leaves it alone; "record" writes this
             side's tensors into ``record_dir`` and needs no other side.
@@ -74,12 +74,13 @@ class GrafterConfig:
     on_shape: str = "error"
     strict: bool = False
     token: str = dataclasses.field(default="", repr=False)
-    report_dir: str = "graft_report"
-    record_dir: str = ""
+    report_dir: str | os.PathLike[str] = "graft_report"
+    record_dir: str | os.PathLike[str] = ""
 
     def __post_init__(self) -> None:
         if not self.enable:
             return
+        self._refuse_types()
         self._refuse_missing()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -173,6 +174,19 @@ class GrafterConfig:
             )
         return rank
 
+    def _refuse_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = _KINDS[str(field.type).removesuffix(" | None")]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                if value is None and str(field.type).endswith("None"):
+                    continue
+                raise SglCommError(f"grafter: got {field.name} of {type(value).__name__}; expected {field.type}")
+        try:
+            self.token.encode()
+        except UnicodeEncodeError:
+            raise SglCommError("grafter: got a token that is no text; expected one that UTF-8 can say") from None
+
     def _refuse_missing(self) -> None:
         needed = ["role"]
         if self.mode == "record":
@@ -189,6 +203,12 @@ class GrafterConfig:
             raise SglCommError(
                 f"grafter: got enable=True without {', '.join(missing)}; expected all of them to be given"
             )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "str": (str,), "int": (int,), "float": (int, float), "Layout | str": (Layout, str),
+    "str | os.PathLike[str]": (str, os.PathLike),
+}  # fmt: skip
 
 
 def _is_loopback(address: str) -> bool:

@@ -56,8 +56,12 @@ def make_plan(senders: Headers, receivers: Headers) -> Plan:
             raise ExchangeFault(
                 f"out of step: {first} has {senders[first]}, {member} has {header}; expected one tensor on both sides"
             )
-    if any(header.layout == BY_TRANSFORM for header in receivers.values()):
+    by_transform = [member for member, header in receivers.items() if header.layout == BY_TRANSFORM]
+    if len(by_transform) == len(receivers):
         return Plan(tuple(senders))
+    if by_transform:
+        without = next(member for member in receivers if member not in by_transform)
+        raise ExchangeFault(f"{by_transform[0]} has a transform and {without} none; expected one on all of that side")
     skipped = _check_dtypes(senders, receivers)
     if not any(header.layout for header in everyone.values()):
         return _plan_of_pair(senders, receivers, skipped)
@@ -87,6 +91,11 @@ def _check_dtypes(senders: Headers, receivers: Headers) -> str:
 
 def _plan_of_pair(senders: Headers, receivers: Headers, skipped: str) -> Plan:
     (sender, sent), (receiver, own) = next(iter(senders.items())), next(iter(receivers.items()))
+    if len(senders) > 1 or len(receivers) > 1:
+        raise ExchangeFault(
+            f"got neither a layout nor a transform on {receiver} and its side, though a side has one; expected a layout"
+            " on both sides, or a transform on the receiving one"
+        )
     if sent.shape != own.shape:
         text = f"got shape {list(sent.shape)} from {sender} and {list(own.shape)} on {receiver}"
         if own.on_shape == "skip":
@@ -183,18 +192,6 @@ class Delivery:
             raise ExchangeFault(said) from error
 
 
-def write(incoming: Tensor, ours: Tensor) -> None:
-    """What has come, into the receiver's tensor, whatever its strides.
-
-    Raises:
-        ExchangeFault: its elements share memory.
-    """
-    try:
-        ours.copy_(incoming)
-    except RuntimeError as error:
-        raise ExchangeFault(f"it cannot be written into {list(ours.shape)}: {error}") from None
-
-
 class LivePeer:
     """The other side, while it runs. Meets it in the first exchange."""
 
@@ -226,7 +223,7 @@ class LivePeer:
         if sends:
             assert value is not None
             if me in plan.senders and value.numel():
-                link.channel_of(me).broadcast(value, me, deadline)
+                link.channel_of(me).broadcast(value.resolve_conj().resolve_neg(), me, deadline)
             return me, plan
         assert value is not None
         if not link.stars:
@@ -247,10 +244,10 @@ class LivePeer:
         piece = self._room_for(senders[sender], value.device)
         totals = None
         if can_compare_in_one_pass(value) and piece.dtype == value.dtype and piece.numel():
-            ours, takes = value.contiguous(), self._config.mode == "graft"
+            ours, takes = value.resolve_neg().contiguous(), self._config.mode == "graft"
             totals = link.headers.receive(piece, ours, takes, sender, deadline)
             if takes and ours.data_ptr() != value.data_ptr():
-                write(ours, value)
+                value.copy_(ours)
         elif piece.numel():
             link.headers.broadcast(piece, sender, deadline)
         return Delivery(plan, senders, [piece], totals)

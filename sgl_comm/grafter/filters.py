@@ -82,7 +82,10 @@ class Filter:
         return Filter(text, frozenset(names), matches)
 
     def __call__(self, tags: Tags) -> bool:
-        return bool(self._matches(tags))
+        try:
+            return bool(self._matches(tags))
+        except Exception:  # a tag that cannot be compared, such as a tensor
+            return False
 
 
 class _Parser:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
+import os
 import re
 import threading
 import time
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.compare import compare, comparison_of
 from sgl_comm.grafter.config import GrafterConfig
-from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer, write
+from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer
 from sgl_comm.grafter.faults import ExchangeFault
 from sgl_comm.grafter.filters import Filter
 from sgl_comm.grafter.header import DTYPES, Extras, Header, tags_of
@@ -29,6 +31,11 @@ from sgl_comm.grafter.records import RecordedPeer, Recorder
 from sgl_comm.grafter.transforms import Layout, as_layout, load_transform
 
 logger = logging.getLogger(__name__)
+
+_MAX_DEPTH = 16
+"""How deep tensors are looked for in what a module returns."""
+
+_EXIT_S = 1.0
 
 _open_grafters: weakref.WeakSet[Grafter] = weakref.WeakSet()
 
@@ -166,6 +173,7 @@ class Grafter:
         with self._lock:
             if not self.enabled:  # closed by another thread meanwhile
                 return
+            tags = tags if isinstance(tags, Mapping) else {}
             direction = self._direction({**tags, "rank": self.rank})
             if direction is None:
                 self._journal.counts["unmatched"] += 1
@@ -182,9 +190,9 @@ class Grafter:
             self._sequence += 1
             try:
                 # A tensor made in inference mode may be written in inference mode alone.
-                made_there = isinstance(value, Tensor) and value.is_inference()
+                made_there = not mine.problem and value.is_inference()
                 with torch.inference_mode() if made_there else torch.no_grad():
-                    self._exchange(mine, value)
+                    self._exchange(mine, None if mine.problem else value.detach())
             except ExchangeFault as error:
                 self._fail(mine, error)
             except Exception as error:
@@ -197,7 +205,7 @@ class Grafter:
         if b2t and t2b:
             raise SglCommError(
                 f"grafter: {tags.get('name')!r} matched BOTH grafter_b2t_filter and grafter_t2b_filter; expected one of"
-                f" them at most (tags: {dict(tags)!r})"
+                " them at most"
             )
         return "b2t" if b2t else "t2b" if t2b else None
 
@@ -206,27 +214,25 @@ class Grafter:
     ) -> Header:
         """What this rank says of its tensor; what is wrong with it goes to all ranks as the ``problem``."""
         config = self.config
-        fields: dict[str, Any] = {"name": "", "tags": {}, "dtype": "", "shape": (), "extras": extras or {}}
-        fields |= {"sequence": self._sequence, "direction": direction}
+        fields: dict[str, Any] = {"sequence": self._sequence, "direction": direction}
         fields |= {"on_dtype": config.on_dtype, "on_shape": config.on_shape}
+        name = ""
         try:
-            fields["name"], fields["tags"] = tags_of(tags)
-            if not isinstance(fields["extras"], dict):
+            name, tags_sent = tags_of(tags)
+            if extras is not None and not isinstance(extras, dict):
                 raise SglCommError(f"got a {type(extras).__name__} as extras; expected a dict")
             if not isinstance(value, Tensor):
-                raise SglCommError(f"got a {type(value).__name__} as {fields['name']!r}; expected a tensor")
-            dtype = str(value.dtype).removeprefix("torch.")
-            if dtype not in DTYPES or value.layout != torch.strided:
-                known = ", ".join(DTYPES)
-                raise SglCommError(f"got {value.dtype}, {value.layout}; expected a tensor with strides, of {known}")
-            fields |= {"dtype": dtype, "shape": tuple(value.shape), "layout": self._layout(direction, layout)}
-            header = Header(**fields)
+                raise SglCommError(f"got a {type(value).__name__} as {name!r}; expected a tensor")
+            written = direction != self._sends and config.mode == "graft"
+            header = Header(
+                **fields, name=name, tags=tags_sent, dtype=_dtype_of(value, written), shape=tuple(value.shape),
+                layout=self._layout(direction, layout), extras=extras or {},
+            )  # fmt: skip
             header.bytes()
             return header
-        except SglCommError as error:
-            return Header(
-                **{**fields, "tags": {}, "extras": {}, "name": fields["name"][:200]}, problem=str(error)[:1000]
-            )
+        except Exception as error:
+            said = str(error) if isinstance(error, SglCommError) else f"{type(error).__name__}: {error}"
+            return Header(**fields, name=_short(name, 200), tags={}, dtype="", shape=(), problem=_short(said, 1000))
 
     def _layout(self, direction: str, layout: Layout | str | None) -> str:
         if not self.config.gathers:
@@ -240,10 +246,12 @@ class Grafter:
         chosen = as_layout(layout) or self.config.layout
         return str(chosen or "")
 
-    def _exchange(self, mine: Header, value: Tensor) -> None:
+    def _exchange(self, mine: Header, value: Tensor | None) -> None:
+        """``value`` is None where the header tells of a problem, which the peer raises."""
         start = time.perf_counter()
         sends = mine.direction == self._sends
-        me, got = self._peer.exchange(mine, value.detach() if isinstance(value, Tensor) else None, sends)
+        me, got = self._peer.exchange(mine, value, sends)
+        assert value is not None
         num_bytes = value.numel() * value.element_size()
         if not isinstance(got, Delivery):
             outcome = "skipped" if got.skipped else "recorded" if self.config.mode == "record" else "sent"
@@ -253,14 +261,14 @@ class Grafter:
         if got.totals is not None:
             comparison = comparison_of(value, got.totals, by_baseline)
         else:
-            placed = got.place(me, value.detach(), self._transform, mine, self.config.on_dtype)
+            placed = got.place(me, value, self._transform, mine, self.config.on_dtype)
             if isinstance(placed, str):
                 self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
                 return
             incoming, ours = placed
             comparison = compare(incoming, ours, by_baseline)
             if takes:
-                write(incoming, ours)
+                ours.copy_(incoming)
         outcome = "received" if takes else "observed"
         self._journal.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
 
@@ -278,19 +286,58 @@ class Grafter:
         self._peer.close()
 
 
-def _tensors_of(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+def _dtype_of(tensor: Tensor, written: bool) -> str:
+    """The name of a tensor's dtype.
+
+    Raises:
+        SglCommError: one that cannot be sent, or into which nothing could be written.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    what = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}, {tensor.layout}"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise SglCommError(f"got {what}; expected a plain tensor, such as a DTensor's to_local() gives")
+    if dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        raise SglCommError(f"got {what}; expected a tensor with strides, on the CPU or a GPU, of {', '.join(DTYPES)}")
+    if written and torch.ops.sgl_comm._overlaps_itself(tensor.detach()):
+        raise SglCommError(f"got {what} in which several elements share memory (expand); expected one to write into")
+    return dtype
+
+
+def _short(text: str, length: int) -> str:
+    """So many letters at most, each of which is one byte of a header."""
+    return text.encode("ascii", "backslashreplace").decode()[:length]
+
+
+def _tensors_of(name: str, output: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield name, output
+    elif depth >= _MAX_DEPTH:
+        return
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            yield from _tensors_of(f"{name}.{key}", value)
+            yield from _tensors_of(f"{name}.{key}", value, depth + 1)
     elif isinstance(output, (tuple, list)):
         for index, value in enumerate(output):
-            yield from _tensors_of(f"{name}.{index}", value)
+            yield from _tensors_of(f"{name}.{index}", value, depth + 1)
 
 
 @atexit.register
 def _close_all() -> None:
     """A gloo group that outlives the interpreter aborts the process."""
     for grafter in list(_open_grafters):
-        grafter.close()
+        if grafter._lock.acquire(timeout=_EXIT_S):  # a thread may wait in an exchange
+            try:
+                grafter.close()
+            finally:
+                grafter._lock.release()
+
+
+def _forget_all() -> None:
+    """In a forked child, where gloo's threads are not: nothing of the parent's is used, and nothing is ended."""
+    for grafter in list(_open_grafters):
+        grafter.enabled = False
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(grafter))
+    _open_grafters.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -63,10 +63,10 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("w", encoding="utf-8")
                 self._write(**self._setting())
-            self._file.write(self._begin + json.dumps(_as_json(fields)) + "\n")
+            self._file.write(self._begin + json.dumps(_as_json(fields), default=str) + "\n")
             self._begin = ""
             self._file.flush()
-        except OSError as error:  # a full disk is no reason to stop a model
+        except Exception as error:  # a full disk, or a folder that cannot be, is no reason to stop a model
             if not self.counts["lines lost"]:
                 logger.warning("sgl_comm: grafter: lines of the report are lost: %s", error)
             self.counts["lines lost"] += 1

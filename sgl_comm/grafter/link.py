@@ -45,7 +45,6 @@ class Channel:
     ) -> None:
         self.name, self.members = name, tuple(members)
         self.rank = self.members.index(meeting.me)
-        self._limits: list[Callable[[Deadline], None]] = []
         self._group: ProcessGroup | None = None
         _ops._group_open(self.name, self.rank, len(members), False)
         try:
@@ -86,14 +85,12 @@ class Channel:
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 dist.distributed_c10d._unregister_process_group(self.name)
-            self._limits.clear()
             self._group = None
 
     def _bounded(self, deadline: Deadline, call: Callable[[], _T]) -> _T:
-        for limit in self._limits:
-            limit(deadline)
         try:
             with sgl_ops.own_errors():
+                _ops._limit_waits(self.name, deadline.left())
                 return call()
         except SglCommError as error:
             who = ", ".join(str(member) for member in self.members if self.index_of(member) != self.rank)
@@ -109,7 +106,6 @@ class Channel:
         handles = b"".join(self._told(store, "handle", bytes(handle.tolist()), deadline))
         reason = _ops._shm_attach(self.name, torch.frombuffer(bytearray(handles), dtype=torch.uint8))
         reasons = self._told(store, "reason", reason.encode(), deadline)
-        self._limits.append(lambda deadline: _ops._shm_limit_waits(self.name, deadline.left()))
         return next((text.decode() for text in reasons if text), "")
 
     def _told(self, store: Store, what: str, mine: bytes, deadline: Deadline) -> list[bytes]:
@@ -126,11 +122,9 @@ class Channel:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), self.rank, world, options)
         group._register_backend(torch.device("cpu"), kinds.GLOO, gloo)
-        self._limits.append(lambda deadline: gloo.set_timeout(datetime.timedelta(seconds=deadline.left())))
         if backend == "nccl":
             nccl = _make_nccl(PrefixStore("nccl", store), self.rank, world, timeout)
             group._register_backend(torch.device("cuda"), kinds.NCCL, nccl)
-            self._limits.append(lambda deadline: nccl.set_timeout(datetime.timedelta(seconds=deadline.left())))
         elif torch.cuda.is_available():
             group._register_backend(torch.device("cuda"), kinds.GLOO, gloo)
         group._set_default_backend(kinds.GLOO)
@@ -179,7 +173,7 @@ class Link:
             TransportFault: the other side did not come, or cannot be met.
         """
         deadline = Deadline(config.timeout)
-        return within(deadline, "meeting the other side", lambda: Link._open(config, rank, deadline))
+        return within(deadline, "meeting the other side", lambda: Link._open(config, rank, deadline), Link.close)
 
     @staticmethod
     def _open(config: GrafterConfig, rank: int, deadline: Deadline) -> Link:
@@ -188,7 +182,7 @@ class Link:
         made: list[Channel] = []
 
         def channel(key: str, members: Sequence[Member]) -> Channel:
-            name = f"{config.group_name}/{key}/{me.index}"
+            name = f"{config.group_name}:{config.master_port}/{key}/{me.index}"
             made.append(Channel(key, name, members, meeting, config.backend, deadline))
             return made[-1]
 

@@ -17,6 +17,7 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,6 +36,9 @@ _PROTOCOL = 1
 _RETRY_S = 0.05
 _MAC_DIGITS = 64
 _FAREWELL_S = 5.0
+
+_SHARE_OF_HELLOS = 0.95
+"""Rank 0 tells the others who is missing before their own time is up."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +72,56 @@ class Meeting:
         return [member for member in self.members if member.role == role]
 
 
-def within(deadline: Deadline, what: str, work: Callable[[], _T]) -> _T:
+def within(deadline: Deadline, what: str, work: Callable[[], _T], undo: Callable[[_T], None]) -> _T:
     """Runs ``work`` in a thread of its own, and gives up at the deadline: torch's own waits may last longer than told.
 
     Raises:
-        TransportFault: the deadline passed; the thread is left alone.
+        TransportFault: the deadline passed; the thread goes on, and what it makes is undone.
     """
-    result: list[_T] = []
+    lock = threading.Lock()
+    made: list[_T] = []
     errors: list[BaseException] = []
+    abandoned = False
 
     def run() -> None:
         try:
-            result.append(work())
+            result = work()
         except BaseException as error:
             errors.append(error)
+            return
+        with lock:
+            if not abandoned:
+                made.append(result)
+                return
+        undo(result)
 
     thread = threading.Thread(target=run, name="sgl_comm-grafter", daemon=True)
     thread.start()
-    # A little longer than the work's own waits, whose errors say more.
-    thread.join(deadline.left() + 0.02 * deadline.seconds)
+    try:
+        # A little longer than the work's own waits, whose errors say more.
+        thread.join(deadline.left() + 0.02 * deadline.seconds)
+    except BaseException:  # an interrupt
+        with lock:
+            abandoned = True
+        for result in made:
+            undo(result)
+        raise
+    with lock:
+        abandoned = True
     if errors:
-        raise errors[0]
-    if not result:
+        error = errors.pop()
+        _let_go(error)
+        raise error
+    if not made:
         raise TransportFault(f"{what} took longer than {deadline.seconds:g} s (timeout)")
-    return result[0]
+    return made[0]
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of what the frames hold in which the error went up: a store's port is free once nobody has the store."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def meet(config: GrafterConfig, rank: int, deadline: Deadline) -> Meeting:
@@ -111,7 +141,7 @@ def meet(config: GrafterConfig, rank: int, deadline: Deadline) -> Meeting:
     root, address = _open_store(config, me.index == 0, deadline)
     talk = _Talk(PrefixStore(f"sgl_comm/grafter/{config.group_name}", root), config, members, me, deadline)
     hellos = talk.agree()
-    secret = talk.proof("store", "")
+    secret = talk.proof("store", json.dumps(hellos))
     return Meeting(
         members, me, PrefixStore(f"sgl_comm/grafter/{secret}", root), address, any(hello["gathers"] for hello in hellos)
     )
@@ -187,43 +217,55 @@ class _Talk:
         """Everybody's hello, once rank 0 has found all of them good."""
         leads = self.me.index == 0
         if leads:
-            self.store.set("challenge", secrets.token_hex(16))
-        self.challenge = self._get("challenge", self.members[0])
-        self._say_hello()
+            self.challenge = secrets.token_hex(16)
+            self.store.set("challenge", self.challenge)
+        else:
+            self.challenge = self._get("challenge", self.members[0])
+        mine = self._say_hello()
         if leads:
             self._decide()
         verdict = self._get("verdict", self.members[0])
-        proof, text = verdict[:_MAC_DIGITS], verdict[_MAC_DIGITS:]
-        said = json.loads(text)
         self.store.set(f"bye/{self.me.index}", "1")
         if leads:
             self._wait_for_the_others()
+        # That this hello, whose nonce is new, is in it shows that the verdict is of this meeting.
+        said = json.loads(self._proved("verdict", verdict, self.members[0]))
         if said["reason"]:
             raise TransportFault(said["reason"])
-        if not hmac.compare_digest(proof, self.proof("verdict", text)):
-            raise TransportFault(
-                "baseline rank 0 has another token than this process (token, SGL_COMM_GRAFTER_TOKEN); expected one on"
-                " both sides"
-            )
+        if said["hellos"][self.me.index] != mine:
+            raise TransportFault("baseline rank 0 gave the verdict of another meeting; expected this one's")
         return said["hellos"]
 
-    def _say_hello(self) -> None:
+    def _proved(self, what: str, said: str, member: Member) -> str:
+        """What somebody has said, without its proof.
+
+        Raises:
+            TransportFault: the proof is none.
+        """
+        proof, text = said[:_MAC_DIGITS], said[_MAC_DIGITS:]
+        if not hmac.compare_digest(proof.encode(), self.proof(what, text).encode()):
+            raise TransportFault(
+                f"{member} has another token than {self.me} (token, SGL_COMM_GRAFTER_TOKEN); expected one on both sides"
+            )
+        return text
+
+    def _say_hello(self) -> dict[str, Any]:
         config = self.config
-        text = json.dumps(
-            {
-                "protocol": _PROTOCOL,
-                "member": str(self.me),
-                "worlds": [config.baseline_world_size, config.target_world_size],
-                "backend": config.backend,
-                "gathers": config.gathers,
-                "nonce": secrets.token_hex(8),  # of two processes with one rank, one finds that it is not in the store
-            }
-        )
+        hello = {
+            "protocol": _PROTOCOL,
+            "member": str(self.me),
+            "worlds": [config.baseline_world_size, config.target_world_size],
+            "backend": config.backend,
+            "gathers": config.gathers,
+            "nonce": secrets.token_hex(16),
+        }
+        text = json.dumps(hello)
         mine = self.proof("hello", text) + text
         key = f"hello/{self.me.index}"
         self.store.compare_set(key, "", mine)
         if self._get(key, self.me) != mine:
             raise TransportFault(f"another process has come as {self.me}; expected one (rank)")
+        return hello
 
     def _decide(self) -> None:
         """Rank 0 reads every hello and says what is wrong, if anything is."""
@@ -231,14 +273,10 @@ class _Talk:
         reason = ""
         try:
             for member in self.members:
-                hello = self._get(f"hello/{member.index}", member)
-                proof, text = hello[:_MAC_DIGITS], hello[_MAC_DIGITS:]
-                if not hmac.compare_digest(proof, self.proof("hello", text)):
-                    raise TransportFault(
-                        f"{member} has another token than baseline rank 0 (token, SGL_COMM_GRAFTER_TOKEN); expected"
-                        " one on both sides"
-                    )
-                hellos.append(json.loads(text))
+                hello = self._get(f"hello/{member.index}", member, _SHARE_OF_HELLOS)
+                hellos.append(json.loads(self._proved("hello", hello, member)))
+                if hellos[-1]["member"] != str(member):
+                    raise TransportFault(f"{hellos[-1]['member']} has come as {member}; expected itself")
             for what in ("protocol", "worlds", "backend"):
                 for member, hello in zip(self.members, hellos, strict=True):
                     if hello[what] != hellos[0][what]:
@@ -250,12 +288,15 @@ class _Talk:
         text = json.dumps({"reason": reason, "hellos": hellos})
         self.store.set("verdict", self.proof("verdict", text) + text)
 
-    def _get(self, key: str, member: Member) -> str:
-        self.store.set_timeout(_delta(self.deadline))
+    def _get(self, key: str, member: Member, share: float = 1.0) -> str:
+        """What a member has put there, for which that share of the time is waited."""
+        left = max(1e-3, self.deadline.left() - (1 - share) * self.deadline.seconds)
+        self.store.set_timeout(datetime.timedelta(seconds=left))
+        start = time.monotonic()
         try:
-            return self.store.get(key).decode()
+            return self.store.get(key).decode(errors="replace")
         except RuntimeError as error:
-            if self.deadline.over():
+            if time.monotonic() - start >= left:
                 raise TransportFault(f"{member} did not come within {self.deadline.seconds:g} s (timeout)") from None
             raise TransportFault(f"the store at {self.config.master_address} is gone: {_first_line(error)}") from None
 

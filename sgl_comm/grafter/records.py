@@ -15,7 +15,7 @@ from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.exchange import Delivery, Plan, make_plan
 from sgl_comm.grafter.faults import ExchangeFault
-from sgl_comm.grafter.header import Header, read_header
+from sgl_comm.grafter.header import DTYPES, Header, read_header
 from sgl_comm.grafter.meeting import Member
 
 _TENSOR = "value"
@@ -138,14 +138,20 @@ class RecordedPeer:
             except (OSError, ValueError, SglCommError, self._safetensors.SafetensorError) as error:
                 raise SglCommError(f"grafter: got {path}, which is no record: {error}") from None
             records[rank, _key(header)].append(_Record(path, header))
+        for found in records.values():
+            found.sort(key=lambda record: record.header.sequence)
         return records
 
     def _load(self, record: _Record, device: torch.device) -> Tensor:
         try:
             with self._safetensors.safe_open(record.path, "pt", device=str(device)) as file:
-                return file.get_tensor(_TENSOR)
+                tensor = file.get_tensor(_TENSOR)
         except (OSError, self._safetensors.SafetensorError) as error:
             raise ExchangeFault(f"cannot read {record.path}: {error}") from None
+        header = record.header
+        if tensor.dtype != DTYPES[header.dtype] or tuple(tensor.shape) != header.shape:
+            raise ExchangeFault(f"got {tensor.dtype}{list(tensor.shape)} in {record.path}; expected {header}")
+        return tensor
 
 
 def _key(header: Header) -> str:

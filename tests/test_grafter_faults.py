@@ -476,15 +476,16 @@ def test_a_sender_that_is_slow_ends_at_the_timeout(tmp_path: Path, backend: str)
         done = threading.Event()
 
         def slow_down() -> None:
+            while not (tmp_path / "met").exists() and not done.wait(0.01):
+                pass
+            threading.Timer(SHORT_S * 2, done.set).start()
             while not done.is_set():
                 os.kill(pid, signal.SIGSTOP)
                 done.wait(SHORT_S * 0.6)
                 os.kill(pid, signal.SIGCONT)
                 done.wait(0.004)
 
-        slow = threading.Thread(target=slow_down)
-        threading.Timer(SHORT_S, slow.start).start()  # when both have met
-        threading.Timer(SHORT_S * 4, done.set).start()
+        threading.Thread(target=slow_down).start()
         try:
             _, (target,) = both.run(
                 run_large, str(tmp_path), b2t_filter="True", timeout=SHORT_S, backend=backend, deadline=90
@@ -499,8 +500,10 @@ def test_a_sender_that_is_slow_ends_at_the_timeout(tmp_path: Path, backend: str)
 
 
 def run_large(ctx: RankContext, fields: dict[str, Any], report_dir: str) -> Any:
+    value = torch.full((96 << 20,), 1.0 if fields["role"] == "baseline" else 2.0)
     with Grafter(GrafterConfig(**fields, report_dir=report_dir)) as grafter:
-        value = torch.full((96 << 20,), 1.0 if fields["role"] == "baseline" else 2.0)
+        grafter.dump("first", torch.ones(1))
+        (Path(report_dir) / "met").touch()
         longest, ends_at = 0.0, time.monotonic() + 5 * SHORT_S
         while not grafter.off and time.monotonic() < ends_at:
             if fields["role"] == "target":

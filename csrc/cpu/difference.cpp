@@ -125,6 +125,11 @@ SGL_VECTOR_CLONES BlockSums sum_float16(const int16_t* theirs, const int16_t* ou
   return sum_halves<Float16, 0>(theirs, ours);
 }
 
+double distance(double a, double b) { return std::fabs(a - b); }
+double distance(int64_t a, int64_t b) {
+  return static_cast<double>(a > b ? uint64_t(a) - uint64_t(b) : uint64_t(b) - uint64_t(a));
+}
+
 // Any elements, one by one.
 template <typename Element>
 void add_slowly(Difference& sums, const typename Element::Bits* theirs, const typename Element::Bits* ours,
@@ -140,7 +145,7 @@ void add_slowly(Difference& sums, const typename Element::Bits* theirs, const ty
       if (!std::isfinite(a) || !std::isfinite(b)) continue;
     }
     ++sums.finite;
-    const double x = static_cast<double>(a), y = static_cast<double>(b), d = Element::distance(a, b);
+    const double x = static_cast<double>(a), y = static_cast<double>(b), d = distance(a, b);
     sums.theirs_squared += x * x;
     sums.ours_squared += y * y;
     sums.difference_squared += d * d;
@@ -149,24 +154,15 @@ void add_slowly(Difference& sums, const typename Element::Bits* theirs, const ty
   }
 }
 
-template <typename Element>
-struct Slow : Element {
-  static double distance(double a, double b) { return std::fabs(a - b); }
-};
-
 struct Float64 {
   using Bits = int64_t;
   static double value(Bits bits) { return bits_as<double>(bits); }
-  static double distance(double a, double b) { return std::fabs(a - b); }
   static uint64_t ulp(Bits a, Bits b) { return values_apart<uint64_t, Bits>(a, b); }
 };
 
 struct Int64 {
   using Bits = int64_t;
   static int64_t value(Bits bits) { return bits; }
-  static double distance(int64_t a, int64_t b) {
-    return static_cast<double>(a > b ? uint64_t(a) - uint64_t(b) : uint64_t(b) - uint64_t(a));
-  }
   static int ulp(Bits, Bits) { return 0; }
 };
 
@@ -186,7 +182,7 @@ void add_blocks(Difference& sums, const void* theirs_bytes, const void* ours_byt
   for (; i + kBlock <= count; i += kBlock) {
     const BlockSums block = sum_block(theirs + i, ours + i);
     if (!squares_are_right(block)) {
-      add_slowly<Slow<Element>>(sums, theirs + i, ours + i, kBlock);
+      add_slowly<Element>(sums, theirs + i, ours + i, kBlock);
       continue;
     }
     sums = sums + Difference{kBlock,
@@ -201,7 +197,7 @@ void add_blocks(Difference& sums, const void* theirs_bytes, const void* ours_byt
                              block.max_abs,
                              double(block.max_ulp)};
   }
-  add_slowly<Slow<Element>>(sums, theirs + i, ours + i, count - i);
+  add_slowly<Element>(sums, theirs + i, ours + i, count - i);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
 from sgl_comm import ops as sgl_ops
+from sgl_comm.capability import why_not_world_size
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.faults import Deadline, TransportFault
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _ops = torch.ops.sgl_comm
-_MAX_SHM_WORLD = 8
 
 
 class Channel:
@@ -99,9 +99,9 @@ class Channel:
 
     def _share_memory(self, store: Store, deadline: Deadline) -> str:
         """Returns why it cannot be used, alike on every member; empty if it can."""
-        world = len(self.members)
-        if world > _MAX_SHM_WORLD:
-            return f"it serves up to {_MAX_SHM_WORLD} ranks, and these are {world}"
+        unserved = why_not_world_size(len(self.members))
+        if unserved:
+            return unserved
         handle = _ops._shm_publish(self.name, deadline.left(), 0)
         handles = b"".join(self._told(store, "handle", bytes(handle.tolist()), deadline))
         reason = _ops._shm_attach(self.name, torch.frombuffer(bytearray(handles), dtype=torch.uint8))

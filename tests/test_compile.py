@@ -506,6 +506,7 @@ def test_the_list_of_checked_ops_is_complete() -> None:
         "cfg_all_reduce_",
         "cfg_broadcast",
         "cfg_broadcast_",
+        "grafter_broadcast_",
         "tp_attn_all_reduce_and_layernorm",
     }
     assert public == {f"sgl_comm::{name}" for name in names}

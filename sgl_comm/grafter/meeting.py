@@ -7,6 +7,7 @@ number that rank 0 has drawn; rank 0 answers all of them with a verdict, proved 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -39,6 +40,9 @@ _FAREWELL_S = 5.0
 
 _SHARE_OF_HELLOS = 0.95
 """Rank 0 tells the others who is missing before their own time is up."""
+
+_SHARE_OF_VERDICT = 0.975
+"""They began earlier, maybe: then they look for themselves."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ class _Talk:
         mine = self._say_hello()
         if leads:
             self._decide()
-        verdict = self._get("verdict", self.members[0])
+        verdict = self._get("verdict", None, _SHARE_OF_VERDICT)
         self.store.set(f"bye/{self.me.index}", "1")
         if leads:
             self._wait_for_the_others()
@@ -288,8 +292,8 @@ class _Talk:
         text = json.dumps({"reason": reason, "hellos": hellos})
         self.store.set("verdict", self.proof("verdict", text) + text)
 
-    def _get(self, key: str, member: Member, share: float = 1.0) -> str:
-        """What a member has put there, for which that share of the time is waited."""
+    def _get(self, key: str, member: Member | None, share: float = 1.0) -> str:
+        """What a member has put there (none: once all have come), for which that share of the time is waited."""
         left = max(1e-3, self.deadline.left() - (1 - share) * self.deadline.seconds)
         self.store.set_timeout(datetime.timedelta(seconds=left))
         start = time.monotonic()
@@ -297,8 +301,17 @@ class _Talk:
             return self.store.get(key).decode(errors="replace")
         except RuntimeError as error:
             if time.monotonic() - start >= left:
+                member = member or self._missing()
                 raise TransportFault(f"{member} did not come within {self.deadline.seconds:g} s (timeout)") from None
             raise TransportFault(f"the store at {self.config.master_address} is gone: {_first_line(error)}") from None
+
+    def _missing(self) -> Member:
+        """The first who has said no hello; the baseline's rank 0, if all have or nothing can be found out."""
+        with contextlib.suppress(RuntimeError):
+            for member in self.members:
+                if not self.store.check([f"hello/{member.index}"]):
+                    return member
+        return self.members[0]
 
     def _wait_for_the_others(self) -> None:
         """The store ends with rank 0's process, which must not be before all have read the verdict."""

@@ -81,22 +81,7 @@ class GroupSegment {
     return "";
   }
 
-  // At last, when all ranks have attached or given up: nobody opens the memory again.
-  void settle() {
-    if (descriptor_ >= 0) close(descriptor_);
-    descriptor_ = -1;
-  }
-
-  bool attached() const { return peers_.count() > 0; }
-  std::byte* data() const { return static_cast<std::byte*>(mapped_) + kPreface; }
-  const PeerProcesses& peers() const { return peers_; }
-  // How many cores the ranks may use, all together.
-  int num_cores() const { return CPU_COUNT(&cores_); }
-
- private:
-  static constexpr uint64_t kMagic = 0x314d4d4f434c4753;  // "SGLCOMM1"
-  static constexpr size_t kPreface = 4096;                // the nonce, on a page of its own
-
+  // Maps the memory that another process has published. Empty, or why it cannot.
   std::string open(const SegmentHandle& root) {
     const std::string path = "/proc/" + std::to_string(root.pid) + "/fd/" + std::to_string(root.descriptor);
     descriptor_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
@@ -112,6 +97,22 @@ class GroupSegment {
     }
     return "";
   }
+
+  // At last, when all ranks have attached or given up: nobody opens the memory again.
+  void settle() {
+    if (descriptor_ >= 0) close(descriptor_);
+    descriptor_ = -1;
+  }
+
+  bool attached() const { return peers_.count() > 0; }
+  std::byte* data() const { return static_cast<std::byte*>(mapped_) + kPreface; }
+  const PeerProcesses& peers() const { return peers_; }
+  // How many cores the ranks may use, all together.
+  int num_cores() const { return CPU_COUNT(&cores_); }
+
+ private:
+  static constexpr uint64_t kMagic = 0x314d4d4f434c4753;  // "SGLCOMM1"
+  static constexpr size_t kPreface = 4096;                // the nonce, on a page of its own
 
   std::string map(size_t bytes) {
     constexpr int kFlags = MAP_SHARED | MAP_POPULATE;

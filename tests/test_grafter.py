@@ -115,6 +115,36 @@ def test_a_tensor_may_have_any_strides_on_either_side(pairs: Systems, tmp_path: 
     assert results == ([[]] * pairs.worlds[0], [[]] * pairs.worlds[1])
 
 
+def run_large(ctx: RankContext, fields: dict[str, Any], report_dir: str) -> tuple[list[str], dict[str, int], str]:
+    """Tensors that grow and shrink again, of which shared memory carries all but the last as a whole."""
+    wrong = []
+    with Grafter(GrafterConfig(**fields, report_dir=report_dir)) as grafter:
+        for number, (num_bytes, dtype) in enumerate(LARGE):
+            numbers = torch.arange(num_bytes // dtype.itemsize) * 7 % 61 + number
+            values = {"baseline": numbers.to(dtype), "target": (numbers + 1).to(dtype)}
+            own = values[fields["role"]].to(ctx.device)
+            grafter.dump(f"b2t {number}", own)
+            if not torch.equal(as_bytes(own.cpu()), as_bytes(values["baseline"])):
+                wrong.append(f"{number}: other bits")
+        return wrong, grafter.counts, grafter.off
+
+
+LARGE = [
+    (2 << 20, torch.float32), (5_000_004, torch.bfloat16), (3 << 20, torch.complex64), (9_000_000, torch.float64),
+    ((2 << 20) - 1, torch.int8),
+]  # fmt: skip
+"""Bytes and dtypes: such as are compared in one pass, and such as are not."""
+
+
+def test_large_tensors(both: Systems, tmp_path: Path) -> None:
+    """Gloo, which takes seconds, between two ranks alone."""
+    layout = "Replicate" if both.worlds[0] != both.worlds[1] else None
+    for backend in ("shm", "gloo") if both.worlds == (1, 1) else ("shm",):
+        results = both.run(run_large, str(tmp_path / backend), b2t_filter="True", backend=backend, layout=layout)
+        for outcome, side in zip(("sent", "received"), results, strict=True):
+            assert [result for result in side if result != ([], {outcome: len(LARGE)}, "")] == []
+
+
 def pieces_in(layout: str, whole: Tensor, world: int) -> list[Tensor]:
     """What each rank holds of a tensor in a layout; shards are as unequal as they can be."""
     if layout == "Replicate":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import threading
@@ -427,6 +429,45 @@ def run_once_then_sleep(ctx: RankContext, fields: dict[str, Any], report_dir: st
         start = time.monotonic()
         grafter.dump("y", value)
         return value.tolist(), grafter.counts, time.monotonic() - start, grafter.off
+
+
+@pytest.mark.parametrize("who", ["baseline", "target"])
+def test_a_large_tensor_where_one_side_has_no_descriptor_left(pair: Systems, tmp_path: Path, who: str) -> None:
+    """Shared memory carries it in pieces if the sender cannot make room; a receiver that cannot find it fails."""
+    (baseline,), (target,) = pair.run(
+        run_without_descriptors, str(tmp_path), who, b2t_filter="True", timeout=SHORT_S, backend="shm"
+    )
+    if who == "baseline":
+        assert baseline == target == ([1.0, 1.0], "")
+    else:
+        values, off = target
+        assert values == [2.0, 2.0]  # as they were
+        assert "the memory in which rank 0 has its tensor cannot be reached" in off
+        assert "Too many open files" in off
+        assert "has closed its communicator" in baseline[1]
+
+
+def run_without_descriptors(ctx: RankContext, fields: dict[str, Any], report_dir: str, who: str) -> Any:
+    values = [torch.full((1 << 20,), 1.0 if fields["role"] == "baseline" else 2.0) for _ in range(2)]
+    with Grafter(GrafterConfig(**fields, report_dir=report_dir)) as grafter:
+        grafter.dump("first", torch.ones(4))
+        with no_more_descriptors() if fields["role"] == who else contextlib.nullcontext():
+            grafter.dump("x", values[0])
+        grafter.dump("y", values[1])
+        return [float(value.unique()) for value in values], grafter.off
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process can open nothing."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("backend", ["gloo", "shm"])

@@ -1,20 +1,18 @@
 // The grafter's ops: a tensor of one running system into those of another, on every device, by shared memory or by a
 // backend of torch's (gloo, NCCL); and how far two tensors are apart.
-#include <sched.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstring>
-#include <system_error>
-#include <thread>
+#include <utility>
 #include <vector>
 
 #include "cfg_calls.h"
 #include "cpu/broadcast.h"
 #include "cpu/difference.h"
 #include "cpu/groups.h"
+#include "cpu/parts.h"
 #include "fallback.h"
 #include "tensor.h"
 #include "text.h"
@@ -38,19 +36,6 @@ Tensor empty_on_host(const Tensor& like) {
   return torch::stable::empty(sizes, like.scalar_type());
 }
 
-// Through shared memory a tensor of another device goes by way of the host's.
-void broadcast_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffer) {
-  constexpr auto kKind = Call::Kind::kGrafterBroadcast;
-  if (buffer.is_cpu()) {
-    broadcast(op, comm, kKind, src, buffer);
-    return;
-  }
-  Tensor host = empty_on_host(buffer);
-  if (comm.rank() == src) torch::stable::copy_(host, buffer);
-  broadcast(op, comm, kKind, src, host);
-  if (comm.rank() != src) torch::stable::copy_(buffer, host);
-}
-
 // The receivers look at a segment while the next ones are under way.
 constexpr int64_t kSegmentBytes = 8 << 20;
 
@@ -67,20 +52,92 @@ void limit_waits(const Text& group_name, double seconds) {
   }
 }
 
-// `buffer` is row-major. arrived(first, last) is told of all its bytes, in order, when they have come or gone.
-template <typename Arrived>
-void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer, Arrived&& arrived) {
-  if (group->communicator != nullptr) {
-    broadcast_by_shm(op, *group->communicator, src, buffer);
-    arrived(0, num_bytes(buffer));
+const std::byte* data_of(const Tensor& tensor) { return static_cast<const std::byte*>(tensor.const_data_ptr()); }
+std::byte* data_of(Tensor& tensor) { return static_cast<std::byte*>(tensor.mutable_data_ptr()); }
+
+// A smaller tensor passes through the slots sooner than by way of its source's room.
+constexpr int64_t kLeastInRoom = 2 << 20;
+
+// The source lays its tensor into its room and goes on once all have come; come(theirs) is called on the others. False
+// where the source has no room to lay it in: then nothing has moved.
+template <typename Come>
+bool move_by_room(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Come&& come) {
+  const auto count = static_cast<uint64_t>(host.numel());
+  const int source = static_cast<int>(src);
+  const auto turn =
+      comm.begin(op, {Call::Kind::kGrafterBroadcast, host.scalar_type(), count, static_cast<uint8_t>(src)});
+  comm.next_step();
+  SegmentHandle handle;
+  std::string reason;
+  if (comm.rank() == source) {
+    const auto bytes = static_cast<size_t>(num_bytes(host));
+    handle = comm.rooms().make(source, bytes);
+    if (handle.descriptor >= 0) copy_bytes(data_of(std::as_const(host)), comm.rooms().data(source), bytes);
+    std::memcpy(comm.slot(source), &handle, sizeof handle);
+    comm.arrive();
   } else {
-    const int64_t segment_bytes = buffer.is_cpu() ? kSegmentBytes : num_bytes(buffer) + 1;
-    const double end = group->waits_end_at;
-    const auto limit = [&] {
-      if (end > 0) fallback::limit_waits(op, group->name, std::max(1e-3, end - now()));
-    };
-    fallback::broadcast_in_place(op, buffer, src, group->name, segment_bytes, limit, arrived);
+    comm.arrive();
+    comm.await_arrival(source);
+    std::memcpy(&handle, comm.slot(source), sizeof handle);
+    if (handle.descriptor >= 0) reason = comm.rooms().find(source, handle);
+    if (handle.descriptor >= 0 && reason.empty()) come(comm.rooms().data(source));
   }
+  comm.await_later();
+  comm.next_step();
+  comm.arrive();
+  comm.await_later();
+  SGL_CHECK(reason.empty(), op, ": the memory in which rank ", src, " has its tensor cannot be reached, ", reason);
+  return handle.descriptor >= 0;
+}
+
+template <typename Come>
+void move_host_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Come&& come) {
+  if (num_bytes(host) >= kLeastInRoom && move_by_room(op, comm, src, host, come)) return;
+  broadcast(op, comm, Call::Kind::kGrafterBroadcast, src, host);
+  if (comm.rank() != src) come(data_of(std::as_const(host)));
+}
+
+// A tensor of another device goes by way of the host's memory.
+template <typename Come>
+void move_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffer, Come&& come) {
+  const int64_t bytes = num_bytes(buffer);
+  if (buffer.is_cpu()) {
+    move_host_by_shm(op, comm, src, buffer, [&](const std::byte* theirs) { come(theirs, 0, bytes); });
+    return;
+  }
+  Tensor host = empty_on_host(buffer);
+  if (comm.rank() == src) torch::stable::copy_(host, buffer);
+  move_host_by_shm(op, comm, src, host, [&](const std::byte* theirs) {
+    if (theirs != data_of(std::as_const(host))) copy_bytes(theirs, data_of(host), bytes);
+    torch::stable::copy_(buffer, host);
+  });
+}
+
+// `buffer` is row-major. On the receivers come(theirs, first, last) is told of all bytes, in order, when they have
+// come: theirs is the memory in which the whole tensor will lie, `buffer`'s own (of whatever device) or, of a tensor
+// that has come whole, another of the host's.
+template <typename Come>
+void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer, Come&& come) {
+  if (group->communicator != nullptr) {
+    move_by_shm(op, *group->communicator, src, buffer, come);
+    return;
+  }
+  const int64_t segment_bytes = buffer.is_cpu() ? kSegmentBytes : num_bytes(buffer) + 1;
+  const double end = group->waits_end_at;
+  const auto limit = [&] {
+    if (end > 0) fallback::limit_waits(op, group->name, std::max(1e-3, end - now()));
+  };
+  const auto arrived = [&](int64_t first, int64_t last) {
+    if (group->rank != src) come(data_of(std::as_const(buffer)), first, last);
+  };
+  fallback::broadcast_in_place(op, buffer, src, group->name, segment_bytes, limit, arrived);
+}
+
+// Into `buffer` on the receivers, wherever it comes.
+void move_into(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer) {
+  send_or_receive(op, group, src, buffer, [&](const std::byte* theirs, int64_t, int64_t last) {
+    if (theirs != data_of(std::as_const(buffer))) copy_bytes(theirs, data_of(buffer), last);
+  });
 }
 
 Groups::GroupPtr check_call(const char* op, const Tensor& input, int64_t src, const std::string& group_name) {
@@ -97,7 +154,7 @@ void grafter_broadcast_(Tensor input, int64_t src, const Text& group_name) {
   const bool source = group->rank == src;
   if (!source) check_disjoint(kOp, input);
   if (group->world == 1) return;
-  const auto move_all = [&](Tensor& buffer) { send_or_receive(kOp, group, src, buffer, [](int64_t, int64_t) {}); };
+  const auto move_all = [&](Tensor& buffer) { move_into(kOp, group, src, buffer); };
   if (source) {
     Tensor in = row_major(input);
     move_all(in);
@@ -106,38 +163,14 @@ void grafter_broadcast_(Tensor input, int64_t src, const Text& group_name) {
   }
 }
 
-// Runs work(part) for each of so many parts. Large work gets threads of its own, whatever the model's: the model and
-// the other system wait for it.
-template <typename Work>
-void for_each_part(size_t num_parts, size_t parts_a_thread, const Work& work) {
-  constexpr size_t kMostThreads = 4;
-  cpu_set_t cores{};
-  sched_getaffinity(0, sizeof cores, &cores);
-  const size_t allowed = std::clamp<size_t>(CPU_COUNT(&cores), 1, kMostThreads);
-  const size_t num_threads = std::clamp<size_t>(num_parts / parts_a_thread, 1, allowed);
-  std::atomic<size_t> next{0};
-  const auto run = [&] {
-    for (size_t part = next++; part < num_parts; part = next++) work(part);
-  };
-  std::vector<std::thread> others;
-  others.reserve(num_threads);
-  try {
-    while (others.size() + 1 < num_threads) others.emplace_back(run);
-  } catch (const std::system_error&) {  // no more threads to be had: fewer do it
-  }
-  run();
-  for (std::thread& other : others) other.join();
-}
-
-// Compares two row-major tensors part by part. Parts do not depend on the number of threads.
+// Compares a row-major tensor with `ours` part by part. Parts do not depend on the number of threads.
 class Comparison {
  public:
-  Comparison(const char* op, const Tensor& theirs, const Tensor& ours)
+  Comparison(const char* op, const Tensor& theirs, Tensor& ours)
       : dtype_(theirs.scalar_type()),
         count_(theirs.numel()),
         element_(theirs.element_size()),
-        theirs_(static_cast<const std::byte*>(theirs.const_data_ptr())),
-        ours_(static_cast<const std::byte*>(ours.const_data_ptr())),
+        ours_(data_of(ours)),
         found_((count_ + kPart - 1) / kPart) {
     SGL_CHECK(can_compare(dtype_) && dtype_ == ours.scalar_type() && count_ == static_cast<size_t>(ours.numel()) &&
                   is_row_major(theirs) && is_row_major(ours) && theirs.is_cpu() && ours.is_cpu(),
@@ -145,12 +178,15 @@ class Comparison {
               "; expected two row-major tensors alike, of float32, bfloat16, float16, float64 or int64");
   }
 
-  // Of the bytes from first on; both ends lie between parts, or are the tensors'.
-  void add(int64_t first, int64_t last) {
+  // Of the bytes from first on; both ends lie between parts, or are the tensors'. With `take` ours become theirs.
+  void add(const std::byte* theirs, int64_t first, int64_t last, bool take) {
     const size_t part_bytes = kPart * element_, from = first / part_bytes, to = (last + part_bytes - 1) / part_bytes;
     for_each_part(to - from, kPartsAThread, [&](size_t index) {
-      const size_t begin = (from + index) * kPart, length = std::min(kPart, count_ - begin);
-      found_[from + index] = difference(dtype_, theirs_ + begin * element_, ours_ + begin * element_, length);
+      const size_t part = from + index, length = std::min(kPart, count_ - part * kPart);
+      const std::byte* const a = theirs + part * part_bytes;
+      std::byte* const b = ours_ + part * part_bytes;
+      found_[part] = difference(dtype_, a, b, length);
+      if (take) std::memcpy(b, a, length * element_);
     });
   }
 
@@ -177,41 +213,37 @@ class Comparison {
   }
 
  private:
-  static constexpr size_t kPart = 64 << 10, kPartsAThread = 32;
+  static constexpr size_t kPart = 64 << 10, kPartsAThread = 8;
   static_assert(kSegmentBytes % (kPart * sizeof(int64_t)) == 0);
 
   const torch::headeronly::ScalarType dtype_;
   const size_t count_, element_;
-  const std::byte *const theirs_, *const ours_;
+  std::byte* const ours_;
   std::vector<Difference> found_;
 };
 
-// Between row-major tensors of one size.
-void copy_bytes(const Tensor& from, Tensor& to) {
-  constexpr size_t kPart = 256 << 10, kPartsAThread = 32;
-  const auto bytes = static_cast<size_t>(num_bytes(from));
-  const auto* in = static_cast<const std::byte*>(from.const_data_ptr());
-  auto* out = static_cast<std::byte*>(to.mutable_data_ptr());
-  for_each_part((bytes + kPart - 1) / kPart, kPartsAThread, [&](size_t part) {
-    std::memcpy(out + part * kPart, in + part * kPart, std::min(kPart, bytes - part * kPart));
-  });
-}
-
 Tensor grafter_compare(const Tensor& theirs, const Tensor& ours) {
-  const Tensor a = row_major(theirs), b = row_major(ours);
+  const Tensor a = row_major(theirs);
+  Tensor b = row_major(ours);
   Comparison comparison("_grafter_compare", a, b);
-  comparison.add(0, num_bytes(a));
+  comparison.add(data_of(a), 0, num_bytes(a), false);
   return comparison.totals();
 }
 
-// grafter_broadcast_ on a receiver, into `staging`, which is compared with `ours` on the way. With `take`, ours becomes
-// theirs at the end, when everything has come and nothing can fail.
+// grafter_broadcast_ on a receiver that compares `ours` with what comes. With `take`, ours becomes theirs when
+// everything has come and nothing can fail: in the same pass where all comes at once, else out of `staging`.
 Tensor grafter_receive_(Tensor staging, Tensor ours, bool take, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "grafter_broadcast_";
   const auto group = check_call(kOp, staging, src, group_name);
   Comparison comparison(kOp, staging, ours);
-  send_or_receive(kOp, group, src, staging, [&](int64_t first, int64_t last) { comparison.add(first, last); });
-  if (take) copy_bytes(staging, ours);
+  const int64_t bytes = num_bytes(staging);
+  bool taken = false;
+  send_or_receive(kOp, group, src, staging, [&](const std::byte* theirs, int64_t first, int64_t last) {
+    const bool whole = first == 0 && last == bytes;
+    comparison.add(theirs, first, last, take && whole);
+    taken = take && whole;
+  });
+  if (take && !taken) copy_bytes(data_of(std::as_const(staging)), data_of(ours), bytes);
   return comparison.totals();
 }
 

@@ -56,6 +56,7 @@ ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, do
       rank_(rank),
       world_(world),
       timeout_seconds_(timeout_seconds),
+      rooms_(world),
       step_(first_epoch) {}
 
 ShmCommunicator::~ShmCommunicator() {

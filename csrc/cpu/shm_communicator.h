@@ -7,6 +7,9 @@
 //                        of a broadcast's ranks but the source, nothing.
 //   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
 //                        summed[r] to e; read by the peers after they saw that.
+//   room(r) of step e    memory of rank r's own, as large as a tensor; written by it after it saw every arrived >= e-1
+//                        and before it raises arrived[r] to e; read by the peers after they saw that and before they
+//                        raise theirs to e+1, which has no slots. In slot(r) of step e stands where it is.
 // Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
 // saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. A step that
 // does not wait for every peer (of a broadcast) leaves that to the next one's beginning. The sums
@@ -26,6 +29,7 @@
 #include <vector>
 
 #include "cpu/flag.h"
+#include "cpu/rooms.h"
 #include "dispatch.h"
 #include "group_segment.h"
 #include "ledger.h"
@@ -136,6 +140,8 @@ class ShmCommunicator {
   void await_later();
   void announce_sum();
   void await_sum(int rank);
+  // Memory for a whole tensor of a source's: see above.
+  Rooms& rooms() { return rooms_; }
 
   // Why the communicator is unusable; empty while it is not.
   std::string fault() const;
@@ -190,6 +196,7 @@ class ShmCommunicator {
   Header* header_ = nullptr;
   std::byte* slots_ = nullptr;
   std::byte* sums_ = nullptr;
+  Rooms rooms_;
   std::mutex mutex_;
   uint64_t step_;
   std::optional<Moment> behind_;       // the step before this one, of which not every arrival has been seen

@@ -45,6 +45,10 @@ _SHARE_OF_VERDICT = 0.975
 """They began earlier, maybe: then they look for themselves."""
 
 
+_SLACK = 0.05
+"""How much of the time more a meeting may take, on a machine that is busy, before it is given up without a reason."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One of the ranks that meet: ``index`` counts the baseline's first, then the target's."""
@@ -103,7 +107,7 @@ def within(deadline: Deadline, what: str, work: Callable[[], _T], undo: Callable
     thread.start()
     try:
         # A little longer than the work's own waits, whose errors say more.
-        thread.join(deadline.left() + 0.02 * deadline.seconds)
+        thread.join(deadline.left() + _SLACK * deadline.seconds)
     except BaseException:  # an interrupt
         with lock:
             abandoned = True
@@ -314,10 +318,11 @@ class _Talk:
         return self.members[0]
 
     def _wait_for_the_others(self) -> None:
-        """The store ends with rank 0's process, which must not be before all have read the verdict."""
+        """The store ends with rank 0's process, which must not be before all who came have read the verdict."""
         self.store.set_timeout(datetime.timedelta(seconds=min(_FAREWELL_S, self.deadline.left())))
+        indices = [member.index for member in self.members]
         try:
-            self.store.wait([f"bye/{member.index}" for member in self.members])
+            self.store.wait([f"bye/{index}" for index in indices if self.store.check([f"hello/{index}"])])
         except RuntimeError:
             logger.debug("sgl_comm: grafter: not every rank has read the verdict")
 

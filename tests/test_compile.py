@@ -493,6 +493,13 @@ def test_opcheck_passes_for_every_op(pool_of: PoolOf, device: str) -> None:
     pool_of(device).run(opchecked, deadline=120)
 
 
+def test_the_grafter_op_is_refused() -> None:
+    """A compiled graph that is run again could not meet the other system."""
+    op = torch.ops.sgl_comm.grafter_broadcast_
+    with pytest.raises(Exception, match=r"grafter_broadcast_: got a call under torch\.compile; expected an eager one"):
+        torch.compile(lambda x: op(x, 0, "any"), fullgraph=True, backend="aot_eager")(torch.ones(3))
+
+
 def test_the_list_of_checked_ops_is_complete() -> None:
     public = {name for name in torch._C._dispatch_get_all_op_names() if re.match(r"sgl_comm::[a-z]", name)}
     names = {
@@ -506,7 +513,7 @@ def test_the_list_of_checked_ops_is_complete() -> None:
         "cfg_all_reduce_",
         "cfg_broadcast",
         "cfg_broadcast_",
-        "grafter_broadcast_",
+        "grafter_broadcast_",  # refused: see above
         "tp_attn_all_reduce_and_layernorm",
     }
     assert public == {f"sgl_comm::{name}" for name in names}

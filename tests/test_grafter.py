@@ -120,8 +120,7 @@ def run_large(ctx: RankContext, fields: dict[str, Any], report_dir: str) -> tupl
     wrong = []
     with Grafter(GrafterConfig(**fields, report_dir=report_dir)) as grafter:
         for number, (num_bytes, dtype) in enumerate(LARGE):
-            numbers = torch.arange(num_bytes // dtype.itemsize) * 7 % 61 + number
-            values = {"baseline": numbers.to(dtype), "target": (numbers + 1).to(dtype)}
+            values = whole_tensors((num_bytes // dtype.itemsize,), dtype, "large", number)
             own = values[fields["role"]].to(ctx.device)
             grafter.dump(f"b2t {number}", own)
             if not torch.equal(as_bytes(own.cpu()), as_bytes(values["baseline"])):

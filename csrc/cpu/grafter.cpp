@@ -68,26 +68,29 @@ bool move_by_room(const char* op, ShmCommunicator& comm, int64_t src, Tensor& ho
       comm.begin(op, {Call::Kind::kGrafterBroadcast, host.scalar_type(), count, static_cast<uint8_t>(src)});
   comm.next_step();
   SegmentHandle handle;
+  bool has_room = false;
   std::string reason;
   if (comm.rank() == source) {
     const auto bytes = static_cast<size_t>(num_bytes(host));
     handle = comm.rooms().make(source, bytes);
-    if (handle.descriptor >= 0) copy_bytes(data_of(std::as_const(host)), comm.rooms().data(source), bytes);
+    has_room = handle.descriptor >= 0;
+    if (has_room) copy_bytes(data_of(std::as_const(host)), comm.rooms().data(source), bytes);
     std::memcpy(comm.slot(source), &handle, sizeof handle);
     comm.arrive();
   } else {
     comm.arrive();
     comm.await_arrival(source);
     std::memcpy(&handle, comm.slot(source), sizeof handle);
-    if (handle.descriptor >= 0) reason = comm.rooms().find(source, handle);
-    if (handle.descriptor >= 0 && reason.empty()) come(comm.rooms().data(source));
+    has_room = handle.descriptor >= 0;
+    if (has_room) reason = comm.rooms().find(source, handle);
+    if (has_room && reason.empty()) come(comm.rooms().data(source));
   }
   comm.await_later();
   comm.next_step();
   comm.arrive();
   comm.await_later();
   SGL_CHECK(reason.empty(), op, ": the memory in which rank ", src, " has its tensor cannot be reached, ", reason);
-  return handle.descriptor >= 0;
+  return has_room;
 }
 
 template <typename Come>
@@ -166,7 +169,7 @@ void grafter_broadcast_(Tensor input, int64_t src, const Text& group_name) {
 // Compares a row-major tensor with `ours` part by part. Parts do not depend on the number of threads.
 class Comparison {
  public:
-  Comparison(const char* op, const Tensor& theirs, Tensor& ours)
+  Comparison(const char* op, const Tensor& theirs, const Tensor& ours)
       : dtype_(theirs.scalar_type()),
         count_(theirs.numel()),
         element_(theirs.element_size()),
@@ -178,15 +181,15 @@ class Comparison {
               "; expected two row-major tensors alike, of float32, bfloat16, float16, float64 or int64");
   }
 
-  // Of the bytes from first on; both ends lie between parts, or are the tensors'. With `take` ours become theirs.
-  void add(const std::byte* theirs, int64_t first, int64_t last, bool take) {
+  // Of the bytes from first on; both ends lie between parts, or are the tensors'. Where `taken`
+  // is not null it is ours, which become theirs.
+  void add(const std::byte* theirs, int64_t first, int64_t last, std::byte* taken = nullptr) {
     const size_t part_bytes = kPart * element_, from = first / part_bytes, to = (last + part_bytes - 1) / part_bytes;
     for_each_part(to - from, kPartsAThread, [&](size_t index) {
       const size_t part = from + index, length = std::min(kPart, count_ - part * kPart);
-      const std::byte* const a = theirs + part * part_bytes;
-      std::byte* const b = ours_ + part * part_bytes;
-      found_[part] = difference(dtype_, a, b, length);
-      if (take) std::memcpy(b, a, length * element_);
+      const size_t begin = part * part_bytes;
+      found_[part] = difference(dtype_, theirs + begin, ours_ + begin, length);
+      if (taken != nullptr) std::memcpy(taken + begin, theirs + begin, length * element_);
     });
   }
 
@@ -218,15 +221,14 @@ class Comparison {
 
   const torch::headeronly::ScalarType dtype_;
   const size_t count_, element_;
-  std::byte* const ours_;
+  const std::byte* const ours_;
   std::vector<Difference> found_;
 };
 
 Tensor grafter_compare(const Tensor& theirs, const Tensor& ours) {
-  const Tensor a = row_major(theirs);
-  Tensor b = row_major(ours);
+  const Tensor a = row_major(theirs), b = row_major(ours);
   Comparison comparison("_grafter_compare", a, b);
-  comparison.add(data_of(a), 0, num_bytes(a), false);
+  comparison.add(data_of(a), 0, num_bytes(a));
   return comparison.totals();
 }
 
@@ -240,8 +242,8 @@ Tensor grafter_receive_(Tensor staging, Tensor ours, bool take, int64_t src, con
   bool taken = false;
   send_or_receive(kOp, group, src, staging, [&](const std::byte* theirs, int64_t first, int64_t last) {
     const bool whole = first == 0 && last == bytes;
-    comparison.add(theirs, first, last, take && whole);
     taken = take && whole;
+    comparison.add(theirs, first, last, taken ? data_of(ours) : nullptr);
   });
   if (take && !taken) copy_bytes(data_of(std::as_const(staging)), data_of(ours), bytes);
   return comparison.totals();

@@ -44,7 +44,6 @@ _SHARE_OF_HELLOS = 0.95
 _SHARE_OF_VERDICT = 0.975
 """They began earlier, maybe: then they look for themselves."""
 
-
 _SLACK = 0.05
 """How much of the time more a meeting may take, on a machine that is busy, before it is given up without a reason."""
 
@@ -312,17 +311,18 @@ class _Talk:
     def _missing(self) -> Member:
         """The first who has said no hello; the baseline's rank 0, if all have or nothing can be found out."""
         with contextlib.suppress(RuntimeError):
-            for member in self.members:
-                if not self.store.check([f"hello/{member.index}"]):
-                    return member
+            return next((member for member in self.members if not self._has_come(member)), self.members[0])
         return self.members[0]
+
+    def _has_come(self, member: Member) -> bool:
+        """Whether it has said its hello."""
+        return bool(self.store.check([f"hello/{member.index}"]))
 
     def _wait_for_the_others(self) -> None:
         """The store ends with rank 0's process, which must not be before all who came have read the verdict."""
         self.store.set_timeout(datetime.timedelta(seconds=min(_FAREWELL_S, self.deadline.left())))
-        indices = [member.index for member in self.members]
         try:
-            self.store.wait([f"bye/{index}" for index in indices if self.store.check([f"hello/{index}"])])
+            self.store.wait([f"bye/{member.index}" for member in self.members if self._has_come(member)])
         except RuntimeError:
             logger.debug("sgl_comm: grafter: not every rank has read the verdict")
 

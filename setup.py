@@ -1,6 +1,6 @@
 """Builds sgl_comm: `_C` always, `_C_cuda` where nvcc and torch allow it. See `build_tools/native.py` for the flags.
 
-Environment: `SGL_COMM_BUILD_CUDA` (0 leaves CUDA out, 1 makes its absence an error), `TORCH_CUDA_ARCH_LIST`,
+Environment: `SGLCOMM_BUILD_CUDA` (0 leaves CUDA out, 1 makes its absence an error), `TORCH_CUDA_ARCH_LIST`,
 `MAX_JOBS`, `CUDA_HOME`, `CXX`.
 """
 

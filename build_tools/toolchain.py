@@ -31,11 +31,11 @@ class CudaPlan:
 
 
 def cuda_wish() -> bool | None:
-    """`SGL_COMM_BUILD_CUDA`: True (1) makes an unusable CUDA toolkit an error, False (0) leaves CUDA out."""
-    text = os.environ.get("SGL_COMM_BUILD_CUDA", "")
+    """`SGLCOMM_BUILD_CUDA`: True (1) makes an unusable CUDA toolkit an error, False (0) leaves CUDA out."""
+    text = os.environ.get("SGLCOMM_BUILD_CUDA", "")
     wishes = {"": None, "auto": None, "0": False, "1": True}
     if text not in wishes:
-        raise RuntimeError(f"SGL_COMM_BUILD_CUDA: got {text!r}, expected 0, 1, or auto (the default)")
+        raise RuntimeError(f"SGLCOMM_BUILD_CUDA: got {text!r}, expected 0, 1, or auto (the default)")
     return wishes[text]
 
 
@@ -99,17 +99,17 @@ def plan_cuda(torch_cuda: str | None, cuda_home: str | None, has_sources: bool, 
     """Decides about the CUDA library.
 
     Raises:
-        RuntimeError: CUDA was asked for (`SGL_COMM_BUILD_CUDA=1`) and cannot be built.
+        RuntimeError: CUDA was asked for (`SGLCOMM_BUILD_CUDA=1`) and cannot be built.
     """
     wish = cuda_wish()
     archs = cuda_archs()
     nvcc = nvcc_path(cuda_home)
     nvcc_version = None if nvcc is None else first_line_of([str(nvcc), "--version"], r"release (\d+\.\d+)")
     if wish is False:
-        return CudaPlan(False, "SGL_COMM_BUILD_CUDA=0 was set", nvcc_version, archs)
+        return CudaPlan(False, "SGLCOMM_BUILD_CUDA=0 was set", nvcc_version, archs)
     obstacle = _obstacle(torch_cuda, nvcc, nvcc_version, has_sources, cxx_standard)
     if obstacle is not None and wish is True:
-        raise RuntimeError(f"SGL_COMM_BUILD_CUDA=1, but the CUDA library cannot be built: {obstacle}")
+        raise RuntimeError(f"SGLCOMM_BUILD_CUDA=1, but the CUDA library cannot be built: {obstacle}")
     return CudaPlan(obstacle is None, obstacle, nvcc_version, archs)
 
 

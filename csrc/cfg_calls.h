@@ -1,5 +1,5 @@
 // What the cfg_ ops do before they send anything, on every device: what this rank finds wrong with a call and, where
-// the group has SGL_COMM_CHECK, whether all ranks are about to make the same.
+// the group has SGLCOMM_CHECK, whether all ranks are about to make the same.
 #pragma once
 
 #include <exception>
@@ -26,7 +26,7 @@ inline std::string describe_cfg_all_reduce(const Tensor& input, const std::strin
 }
 
 // `checks` refuse what this rank is given by throwing; describe() is the call in words. compare(text, refused) throws
-// on every rank unless all texts are alike and no call is refused, and all are in step still. Without SGL_COMM_CHECK a
+// on every rank unless all texts are alike and no call is refused, and all are in step still. Without SGLCOMM_CHECK a
 // refusal is counted, by count_refusal().
 template <typename Group, typename Checks, typename Describe, typename Compare, typename CountRefusal>
 void agree(const Group& group, Checks&& checks, Describe&& describe, Compare&& compare, CountRefusal&& count_refusal) {

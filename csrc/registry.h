@@ -35,7 +35,7 @@ struct Group {
   std::string backend;  // the group's own, which the fallback uses: "gloo", "nccl", ...
   std::unique_ptr<Communicator> communicator;
   std::string reason;                   // why there is none
-  bool compare_calls = false;           // what the ranks are about to call, before they do (SGL_COMM_CHECK)
+  bool compare_calls = false;           // what the ranks are about to call, before they do (SGLCOMM_CHECK)
   std::atomic<bool> settled{false};     // the communicator stays as it is from here on
   std::atomic<double> waits_end_at{0};  // of a group that the grafter made: seconds of steady_clock
 };

@@ -24,4 +24,4 @@ __all__ = [
     "ops",
 ]
 
-envs.warn_about_unknown_names()
+envs.warn_about_names()

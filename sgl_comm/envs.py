@@ -1,4 +1,8 @@
-"""Every environment variable of the package: its default and its meaning."""
+"""Every environment variable of the package: its default and its meaning.
+
+Names begin with ``SGLCOMM_``: SGLang takes every ``SGL_*`` for an old name of its own. The package's own old names,
+``SGL_COMM_*``, are still read where the new one is unset; a warning says so once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from sgl_comm.errors import SglCommError
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "SGLCOMM_"
+OLD_PREFIX = "SGL_COMM_"
+
 
 @dataclass(frozen=True)
 class EnvVar:
@@ -19,50 +26,73 @@ class EnvVar:
     default: str
     meaning: str
 
+    @property
+    def old_name(self) -> str:
+        """What it was called in the package's first version."""
+        return OLD_PREFIX + self.name.removeprefix(PREFIX)
+
+    def given(self) -> str:
+        """Its value now; empty where it is unset."""
+        text = os.environ.get(self.name, "")
+        if not text:
+            text = os.environ.get(self.old_name, "")
+            if text:
+                _warn_of_old_name(self)
+        return text
+
     def text(self) -> str:
         """Its value now, or the default where it is unset or empty."""
-        return os.environ.get(self.name, "") or self.default
+        return self.given() or self.default
+
+
+_told_of_old_names: set[str] = set()
+
+
+def _warn_of_old_name(variable: EnvVar) -> None:
+    if variable.old_name not in _told_of_old_names:
+        _told_of_old_names.add(variable.old_name)
+        logger.warning("%s is an old name and still works; it is now %s", variable.old_name, variable.name)
 
 
 TIMEOUT = EnvVar(
-    "SGL_COMM_TIMEOUT",
+    "SGLCOMM_TIMEOUT",
     "300",
     "Seconds (float, above 0) after which a wait for a peer ends in an error. Read by init().",
 )
 CPU_INSTRUCTIONS = EnvVar(
-    "SGL_COMM_CPU_INSTRUCTIONS",
+    "SGLCOMM_CPU_INSTRUCTIONS",
     "",
     "avx512, avx2, neon or scalar: use no better instructions than these on the CPU. Read at the first sum; an"
     " unknown word means scalar.",
 )
 FIRST_EPOCH = EnvVar(
-    "SGL_COMM_FIRST_EPOCH",
+    "SGLCOMM_FIRST_EPOCH",
     "0",
     "For tests: the number that a communicator's steps and epochs are counted from (0 to 2**62), alike on all ranks."
     " Read by init().",
 )
 INVARIANT = EnvVar(
-    "SGL_COMM_INVARIANT",
+    "SGLCOMM_INVARIANT",
     "1",
     "1: where the package's kernels serve a group, they serve every size, so that a result never depends on its size."
     " 0: NCCL takes over above its threshold. Alike on all ranks. Read by init().",
 )
 CHECK = EnvVar(
-    "SGL_COMM_CHECK",
+    "SGLCOMM_CHECK",
     "0",
     "1: before a cfg_ call every rank's shape, dtype, device type and arguments are compared, by shared memory or gloo,"
     " so that a difference or a refusal is an error on every rank, and nothing is sent. Alike on all ranks. Read by"
     " init().",
 )
 BUILD_CUDA = EnvVar(
-    "SGL_COMM_BUILD_CUDA",
+    "SGLCOMM_BUILD_CUDA",
     "",
     "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
 )
 
 
 def _grafter(name: str, meaning: str, default: str = "") -> EnvVar:
-    return EnvVar(f"SGL_COMM_GRAFTER_{name.upper()}", default, f"{meaning} Read by GrafterConfig.from_env().")
+    return EnvVar(f"SGLCOMM_GRAFTER_{name.upper()}", default, f"{meaning} Read by GrafterConfig.from_env().")
 
 
 _GRAFTER_FIELDS = {
@@ -95,7 +125,7 @@ ALL = (TIMEOUT, CPU_INSTRUCTIONS, FIRST_EPOCH, INVARIANT, CHECK, BUILD_CUDA, *GR
 
 
 def timeout_seconds() -> float:
-    """``SGL_COMM_TIMEOUT`` in seconds.
+    """``SGLCOMM_TIMEOUT`` in seconds.
 
     Raises:
         SglCommError: if it is not a number above 0.
@@ -111,7 +141,7 @@ def timeout_seconds() -> float:
 
 
 def first_epoch() -> int:
-    """``SGL_COMM_FIRST_EPOCH`` as a number.
+    """``SGLCOMM_FIRST_EPOCH`` as a number.
 
     Raises:
         SglCommError: if it is not a whole number from 0 to 2**62.
@@ -124,7 +154,7 @@ def first_epoch() -> int:
 
 
 def invariant() -> bool:
-    """``SGL_COMM_INVARIANT``.
+    """``SGLCOMM_INVARIANT``.
 
     Raises:
         SglCommError: if it is neither 0 nor 1.
@@ -133,7 +163,7 @@ def invariant() -> bool:
 
 
 def check() -> bool:
-    """``SGL_COMM_CHECK``.
+    """``SGLCOMM_CHECK``.
 
     Raises:
         SglCommError: if it is neither 0 nor 1.
@@ -148,9 +178,12 @@ def _zero_or_one(variable: EnvVar) -> bool:
     return text == "1"
 
 
-def warn_about_unknown_names() -> None:
-    """Logs a warning for each ``SGL_COMM_*`` variable that nothing reads: mostly a misspelling."""
-    known = {variable.name for variable in ALL}
+def warn_about_names() -> None:
+    """Logs a warning for each variable of an old name, and for each that nothing reads: mostly a misspelling."""
+    for variable in ALL:
+        variable.given()
+    known = {name for variable in ALL for name in (variable.name, variable.old_name)}
     for name in sorted(os.environ):
-        if name.startswith("SGL_COMM_") and name not in known:
-            logger.warning("%s is set but sgl_comm has no such variable (known: %s)", name, ", ".join(sorted(known)))
+        if name.startswith((PREFIX, OLD_PREFIX)) and name not in known:
+            names = ", ".join(sorted(variable.name for variable in ALL))
+            logger.warning("%s is set but sgl_comm has no such variable (known: %s)", name, names)

@@ -86,7 +86,7 @@ def _obstacle(
         return f"the tensor is on {input.device}, the group on {candidate.device}", f"a tensor on {candidate.device}"
     if not candidate.should_custom_ar(input):
         limit = candidate.thresholds.fallback_bytes
-        return f"{input.nbytes} bytes are more than {limit}, and SGL_COMM_INVARIANT is 0", "SGL_COMM_INVARIANT=1"
+        return f"{input.nbytes} bytes are more than {limit}, and SGLCOMM_INVARIANT is 0", "SGLCOMM_INVARIANT=1"
     return "", ""
 
 

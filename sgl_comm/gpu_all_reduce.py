@@ -111,7 +111,7 @@ class GpuAllReduce:
         return link.agree(self._op("attach")(link.name, link.all_gather(mine)))
 
     def should_custom_ar(self, input: Tensor) -> bool:
-        """Whether the kernels serve this tensor. Its size matters with ``SGL_COMM_INVARIANT=0`` alone."""
+        """Whether the kernels serve this tensor. Its size matters with ``SGLCOMM_INVARIANT=0`` alone."""
         return (
             not self.disabled
             and input.device == self.device

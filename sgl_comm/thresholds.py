@@ -37,7 +37,7 @@ class Thresholds:
     Attributes:
         one_shot_bytes: up to here one shot; two shots above.
         ring_bytes: above it a ring, though the workspace may hold the message at once.
-        fallback_bytes: above it NCCL, where results may depend on the size (``SGL_COMM_INVARIANT=0``).
+        fallback_bytes: above it NCCL, where results may depend on the size (``SGLCOMM_INVARIANT=0``).
     """
 
     one_shot_bytes: int

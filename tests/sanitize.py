@@ -21,7 +21,7 @@ OURS = "--kernel-name=kns=sgl_comm"
 """No kernel of PyTorch is instrumented. Not where a tool must also know what those have written."""
 TOOLS = {"memcheck": (), "initcheck": (), "synccheck": (OURS,), "racecheck": (OURS,)}
 """The options of each."""
-ENVIRONMENT = {"SGL_COMM_TIMEOUT": "20", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+ENVIRONMENT = {"SGLCOMM_TIMEOUT": "20", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 """With the tool's own streams, those of eight ranks do not fit into the usual eight queues: two ranks would share one,
 and wait for each other."""
 FOUND = 97

@@ -1,4 +1,4 @@
-"""SGL_COMM_CHECK: ranks compare what they are about to call; a difference or a refusal is told to all of them."""
+"""SGLCOMM_CHECK: ranks compare what they are about to call; a difference or a refusal is told to all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ops = sgl_comm.ops
 
 @pytest.fixture(scope="module", params=[*ranks_on("cpu", (2, 3)), *ranks_on("cuda", (2, 3))])
 def checking(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    env = {"SGL_COMM_CHECK": "1", "SGL_COMM_TIMEOUT": "20"}
+    env = {"SGLCOMM_CHECK": "1", "SGLCOMM_TIMEOUT": "20"}
     with RankPool(request.param.world, request.param.device, env=env) as pool:
         yield pool
 
@@ -68,7 +68,7 @@ def errors_of(ctx: RankContext, name: str) -> list[str]:
             text = error_text(odd if ctx.rank == 1 else lambda own=own, x=x: own(x, name))
             begin = "sgl_comm::cfg_"
             told = ": expected the same call on every rank, and none that is refused; got rank 0: cfg_"
-            if not (text.startswith(begin) and told in text and text.endswith("Nothing was sent (SGL_COMM_CHECK)")):
+            if not (text.startswith(begin) and told in text and text.endswith("Nothing was sent (SGLCOMM_CHECK)")):
                 wrong.append(f"{call}, {what}: {text!r}")
             elif words not in text.partition("; rank 1: ")[2].partition("; rank 2: ")[0]:
                 wrong.append(f"{call}, {what}: not {words!r} in {text!r}")
@@ -114,7 +114,7 @@ def differing_settings(ctx: RankContext) -> list[str]:
     group, texts = dist.new_group(list(range(ctx.world))), []
     for value in ("1", "yes"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SGL_COMM_CHECK", value if ctx.rank == 1 else "0")
+            patch.setenv("SGLCOMM_CHECK", value if ctx.rank == 1 else "0")
             texts.append(error_text(lambda: sgl_comm.init(group)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
@@ -153,9 +153,9 @@ def test_what_every_rank_refuses_is_told_as_theirs(checking: RankPool) -> None:
 
 def test_the_setting_must_be_alike_and_known(checking: RankPool) -> None:
     for rank, (differs, bad, without) in enumerate(checking.run(differing_settings, deadline=60)):
-        assert differs.startswith("init: got SGL_COMM_CHECK of 0, 1")
-        problem = "got SGL_COMM_CHECK='yes'; expected 0 or 1"
-        assert without.startswith("init: got SGL_COMM_CHECK=1 and a group that cannot pass CPU tensors")
+        assert differs.startswith("init: got SGLCOMM_CHECK of 0, 1")
+        problem = "got SGLCOMM_CHECK='yes'; expected 0 or 1"
+        assert without.startswith("init: got SGLCOMM_CHECK=1 and a group that cannot pass CPU tensors")
         assert bad == (f"init: {problem}" if rank == 1 else f"init: rank 1: {problem}")
 
 

@@ -344,7 +344,7 @@ def test_v1_and_v2_refuse_cpu_tensors_and_point_to_all_reduce(op: str) -> None:
 @pytest.mark.parametrize("instructions", ["scalar", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(instructions: str) -> None:
     shapes = [(7,), (1040,), (26, 40), (65536,)]
-    with RankPool(3, env={"SGL_COMM_CPU_INSTRUCTIONS": instructions}) as pool:
+    with RankPool(3, env={"SGLCOMM_CPU_INSTRUCTIONS": instructions}) as pool:
         for fn, args in ((matrix, (shapes,)), (awkward, ())):
             assert pool.run(fn, *args, deadline=60) == [[], [], []]
 

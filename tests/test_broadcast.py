@@ -206,9 +206,9 @@ def errors_where_rank_0_differs(ctx: RankContext, what: str) -> list[str]:
 
 def errors_where_rank_0_refuses_and_stays_away(ctx: RankContext) -> str:
     group = dist.new_group(list(range(ctx.world)))
-    os.environ["SGL_COMM_TIMEOUT"] = "1"
+    os.environ["SGLCOMM_TIMEOUT"] = "1"
     comm = sgl_comm.init(group)
-    del os.environ["SGL_COMM_TIMEOUT"]
+    del os.environ["SGLCOMM_TIMEOUT"]
     x = torch.ones(1).expand(8) if ctx.rank == 0 else torch.ones(8)
     text = error_text(lambda: comm.cfg_broadcast_(x, 0))
     dist.barrier(ctx.group)
@@ -224,7 +224,7 @@ def after_a_source_on_the_wrong_device(ctx: RankContext, how: str) -> list[str]:
     """
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGL_COMM_TIMEOUT", "1")
+        patch.setenv("SGLCOMM_TIMEOUT", "1")
         comm = sgl_comm.init(group, ctx.device)
     device, other = (ctx.device, "cpu") if how == "cuda" else ("cpu", ctx.device)
     values = (1.0, 1000.0) if ctx.rank == 0 else (-1.0, -2.0)
@@ -336,6 +336,4 @@ def test_peers_of_one_that_refused_and_stays_away_get_an_error_at_the_deadline(w
     first, *peers = Ranks("cpu", world).run(errors_where_rank_0_refuses_and_stays_away, deadline=30)
     assert "several elements share memory" in first
     for text in peers:
-        assert (
-            "waited 1 s (SGL_COMM_TIMEOUT) for rank 0, which never came to call 1 (cfg_broadcast of 8 float32" in text
-        )
+        assert "waited 1 s (SGLCOMM_TIMEOUT) for rank 0, which never came to call 1 (cfg_broadcast of 8 float32" in text

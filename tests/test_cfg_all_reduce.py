@@ -114,7 +114,7 @@ def errors_where_rank_0_differs(ctx: RankContext, how: str) -> list[str]:
     """
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGL_COMM_TIMEOUT", "1")
+        patch.setenv("SGLCOMM_TIMEOUT", "1")
         comm = sgl_comm.init(group, ctx.device)
     device = torch.device("cpu") if how.startswith("cuda") else ctx.device
     tensors = [torch.full((1000,), value, device=device) for value in (1.0, 1000.0)]

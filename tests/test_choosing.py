@@ -1,4 +1,4 @@
-"""What serves a tensor and why: explain(), SGL_COMM_INVARIANT, sizes of workspaces."""
+"""What serves a tensor and why: explain(), SGLCOMM_INVARIANT, sizes of workspaces."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_thresholds() -> Iterator[None]:
 @contextmanager
 def invariant(text: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGL_COMM_INVARIANT", text)
+        patch.setenv("SGLCOMM_INVARIANT", text)
         yield
 
 
@@ -153,7 +153,7 @@ def test_an_explanation_is_a_few_lines() -> None:
     ]
 
 
-# --- SGL_COMM_INVARIANT
+# --- SGLCOMM_INVARIANT
 
 
 def served_sizes(ctx: RankContext, backend: str, text: str) -> dict[str, object]:
@@ -192,7 +192,7 @@ def test_every_size_is_served_unless_nccl_may_take_over(backend: str, text: str)
 
 def test_nccl_takes_over_above_its_threshold_where_it_may() -> None:
     limited = (TINY.fallback_bytes, TINY)
-    why = "4098 bytes are more than 4096, and SGL_COMM_INVARIANT is 0"
+    why = "4098 bytes are more than 4096, and SGLCOMM_INVARIANT is 0"
     for found in run_ranks(served_sizes, 2, "nccl", "0"):
         assert found == {
             "CustomAllReduceV1": limited,
@@ -200,7 +200,7 @@ def test_nccl_takes_over_above_its_threshold_where_it_may() -> None:
             "CustomAllReduceV2": limited,
             "CustomAllReduceV2 above": None,
             "small": Explanation("v2", "one_shot"),
-            "large": Explanation("nccl", "", {"v2": why, "v1": why}, "SGL_COMM_INVARIANT=1"),
+            "large": Explanation("nccl", "", {"v2": why, "v1": why}, "SGLCOMM_INVARIANT=1"),
         }
 
 
@@ -222,7 +222,7 @@ def init_errors(ctx: RankContext, text_on_rank_1: str) -> list[str]:
 
 
 def test_a_bad_setting_on_one_rank_is_an_error_on_all() -> None:
-    problem = "got SGL_COMM_INVARIANT='yes'; expected 0 or 1"
+    problem = "got SGLCOMM_INVARIANT='yes'; expected 0 or 1"
     for rank, texts in enumerate(run_ranks(init_errors, 2, "yes")):
         assert texts == [f"init: {problem}" if rank == 1 else f"init: rank 1: {problem}"] * 3 + ["v2"]
 
@@ -398,7 +398,7 @@ def test_what_gloo_alone_can_serve_is_refused_in_a_capture(survey: str) -> None:
 
 
 def nccl_takes_over(ctx: RankContext) -> list[str]:
-    """SGL_COMM_INVARIANT=0 in a group that is taken for one of NCCL; here gloo does NCCL's part."""
+    """SGLCOMM_INVARIANT=0 in a group that is taken for one of NCCL; here gloo does NCCL's part."""
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch, tiny_thresholds(), invariant("0"):
         patch.setattr(Rendezvous, "backend_for", lambda self, device_type: "nccl")

@@ -113,10 +113,10 @@ def test_init_does_not_claim_to_serve_a_gpu_that_is_not_there(device: str | int)
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e30"])
 def test_an_invalid_timeout_is_an_error_of_init(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group = dist.new_group([0])
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", text)
-    with pytest.raises(SglCommError, match=f"init: got SGL_COMM_TIMEOUT='{text}'; expected a number of seconds above"):
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", text)
+    with pytest.raises(SglCommError, match=f"init: got SGLCOMM_TIMEOUT='{text}'; expected a number of seconds above"):
         sgl_comm.init(group)
-    monkeypatch.delenv("SGL_COMM_TIMEOUT")
+    monkeypatch.delenv("SGLCOMM_TIMEOUT")
     with sgl_comm.init(group) as comm:
         assert sum_of_ones(comm.group_name) == [1]
 
@@ -124,10 +124,10 @@ def test_an_invalid_timeout_is_an_error_of_init(text: str, monkeypatch: pytest.M
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("text", ["-1", "soon", "1e3", "1.5", str(2**62 + 1)])
 def test_an_invalid_first_epoch_is_an_error_of_init(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_FIRST_EPOCH", text)
+    monkeypatch.setenv("SGLCOMM_FIRST_EPOCH", text)
     with pytest.raises(SglCommError) as caught:
         sgl_comm.init()
-    assert str(caught.value) == f"init: got SGL_COMM_FIRST_EPOCH='{text}'; expected a whole number from 0 to 2**62"
+    assert str(caught.value) == f"init: got SGLCOMM_FIRST_EPOCH='{text}'; expected a whole number from 0 to 2**62"
 
 
 def test_init_without_any_group_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +273,9 @@ def test_a_new_default_group_of_the_same_name_gets_a_communicator(old: str, tmp_
 def init_with_a_bad_timeout_on_rank_1(ctx: RankContext) -> tuple[str, list[float]]:
     group = dist.new_group(list(range(ctx.world)))
     if ctx.rank == 1:
-        os.environ["SGL_COMM_TIMEOUT"] = "soon"
+        os.environ["SGLCOMM_TIMEOUT"] = "soon"
     text = error_of(lambda: sgl_comm.init(group))
-    os.environ.pop("SGL_COMM_TIMEOUT", None)
+    os.environ.pop("SGLCOMM_TIMEOUT", None)
     with sgl_comm.init(group) as comm:
         return text, sum_of_ones(comm.group_name)
 
@@ -283,7 +283,7 @@ def init_with_a_bad_timeout_on_rank_1(ctx: RankContext) -> tuple[str, list[float
 def test_a_setting_that_is_bad_on_one_rank_is_an_error_on_all() -> None:
     for text, after in run_ranks(init_with_a_bad_timeout_on_rank_1, 2, deadline=10):
         assert text.startswith("SglCommError: ")
-        assert "SGL_COMM_TIMEOUT='soon'" in text
+        assert "SGLCOMM_TIMEOUT='soon'" in text
         assert after == [2.0]
 
 
@@ -292,21 +292,21 @@ def test_a_setting_that_is_bad_on_one_rank_is_an_error_on_all() -> None:
 def test_counters_wrap_without_harm(world: int, first_epoch: int) -> None:
     """The futex word is the low half of a step's number; the late ranks make the others sleep on it."""
     kinds = [AllReduce, ReduceScatter, AllGather]
-    with RankPool(world, env={"SGL_COMM_FIRST_EPOCH": str(first_epoch), "SGL_COMM_TIMEOUT": "20"}) as pool:
+    with RankPool(world, env={"SGLCOMM_FIRST_EPOCH": str(first_epoch), "SGLCOMM_TIMEOUT": "20"}) as pool:
         assert pool.run(interleaved, kinds, 30, pause=0.005, deadline=60) == [[]] * world
 
 
 def count_from_different_numbers(ctx: RankContext) -> tuple[str, str, list[float]]:
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGL_COMM_FIRST_EPOCH", str(7 + ctx.rank))
+        patch.setenv("SGLCOMM_FIRST_EPOCH", str(7 + ctx.rank))
         comm = sgl_comm.init(group)
     with comm:
         return comm.backend, comm.reason, sum_of_ones(comm.group_name)
 
 
 def test_ranks_that_count_from_different_numbers_get_no_shared_memory() -> None:
-    reason = "rank 0: the ranks have different values of SGL_COMM_FIRST_EPOCH"
+    reason = "rank 0: the ranks have different values of SGLCOMM_FIRST_EPOCH"
     assert run_ranks(count_from_different_numbers, 2) == [("gloo", reason, [2.0])] * 2
 
 

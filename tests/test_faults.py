@@ -197,10 +197,10 @@ def wait_in_vain(ctx: RankContext, count: int) -> LateRank:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("count", [16, 1 << 20], ids=["small", "large"])
 def test_a_rank_that_never_calls_is_named_when_the_time_is_up(world: int, count: int) -> None:
-    with RankPool(world, env={"SGL_COMM_TIMEOUT": "1"}) as pool:
+    with RankPool(world, env={"SGLCOMM_TIMEOUT": "1"}) as pool:
         results: list[LateRank] = pool.run(wait_in_vain, count, deadline=30)
     for rank, result in enumerate(results):
-        assert "SGL_COMM_TIMEOUT" in result.first.text
+        assert "SGLCOMM_TIMEOUT" in result.first.text
         assert "for rank 1, which never came" in result.first.text
         reasons = {refused.text.partition(": rank ")[2].partition(": ")[2] for refused in (result.first, result.later)}
         assert len(reasons) == 1, result
@@ -233,7 +233,7 @@ def test_a_rank_that_closed_its_communicator_is_named_at_once() -> None:
 
 
 GPU_TIMEOUT_S = 3
-"""SGL_COMM_TIMEOUT of the GPU tests."""
+"""SGLCOMM_TIMEOUT of the GPU tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +317,7 @@ def gpu_pool() -> Iterator[Callable[[int], RankPool]]:
 
     def pool_of(world: int) -> RankPool:
         if world not in pools or not pools[world].usable:
-            env = {"SGL_COMM_TIMEOUT": str(GPU_TIMEOUT_S)}
+            env = {"SGLCOMM_TIMEOUT": str(GPU_TIMEOUT_S)}
             pools[world] = RankPool(world, "cuda", env=env, make_comm=False)
         return pools[world]
 
@@ -343,7 +343,7 @@ def test_a_gpu_rank_that_never_calls_is_named_when_the_time_is_up(
         if rank == absent:
             continue
         assert GPU_TIMEOUT_S - 0.5 < result.took < 6, result
-        assert "SGL_COMM_TIMEOUT" in result.checked.text
+        assert "SGLCOMM_TIMEOUT" in result.checked.text
         assert f"for rank {absent}, which never came" in result.checked.text
         assert result.nan == [True, True]
         assert result.context_usable

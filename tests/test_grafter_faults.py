@@ -571,7 +571,7 @@ def test_another_token(pair: Systems, tmp_path: Path) -> None:
     for result, role, other in ((baseline, "baseline", "target"), (target, "target", "baseline")):
         assert result["counts"] == {"faults": 1, "skipped": 1}
         assert f"{other} rank 0 has another token than {role} rank 0" in result["off"]
-        assert "SGL_COMM_GRAFTER_TOKEN" in journal_of(tmp_path, role)
+        assert "SGLCOMM_GRAFTER_TOKEN" in journal_of(tmp_path, role)
     assert target["found"][0].tolist() == [2.0] * 4
 
 

@@ -427,7 +427,7 @@ def replayed_unregistered(ctx: RankContext, when: str) -> TooEarly:
 
 @pytest.fixture(scope="module")
 def short_pools() -> Iterator[Pools]:
-    pools = Pools({"SGL_COMM_TIMEOUT": "5"})
+    pools = Pools({"SGLCOMM_TIMEOUT": "5"})
     yield pools
     pools.close()
 

@@ -17,7 +17,8 @@ from sgl_comm import envs
 
 def run_python(code: str, **environ: str) -> str:
     """What a fresh interpreter prints, errors and warnings included."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SGL_COMM_")} | environ
+    prefixes = (envs.PREFIX, envs.OLD_PREFIX)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | environ
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -27,17 +28,26 @@ IMPORT = "import sgl_comm, torch; print('CUDA used:', torch.cuda.is_initialized(
 
 
 def test_importing_warns_about_unknown_variables_and_uses_no_gpu() -> None:
-    text = run_python(IMPORT, SGL_COMM_TIMEOUTS="3", SGL_COMM_TIMEOUT="3", XSGL_COMM_FOO="1")
+    text = run_python(IMPORT, SGLCOMM_TIMEOUTS="3", SGLCOMM_TIMEOUT="3", XSGLCOMM_FOO="1")
     assert "CUDA used: False" in text
-    assert "SGL_COMM_TIMEOUTS is set but sgl_comm has no such variable (known: " in text
-    assert "SGL_COMM_TIMEOUT is set" not in text
-    assert "XSGL_COMM_FOO" not in text
+    assert "SGLCOMM_TIMEOUTS is set but sgl_comm has no such variable (known: " in text
+    assert "SGLCOMM_TIMEOUT is set" not in text
+    assert "XSGLCOMM_FOO" not in text
 
 
 def test_importing_is_quiet_without_a_gpu_and_unknown_variables() -> None:
-    text = run_python(IMPORT, SGL_COMM_TIMEOUT="3", CUDA_VISIBLE_DEVICES="")
+    text = run_python(IMPORT, SGLCOMM_TIMEOUT="3", CUDA_VISIBLE_DEVICES="")
     assert "CUDA used: False" in text
-    assert "SGL_COMM_" not in text
+    assert "SGLCOMM_" not in text
+
+
+def test_old_names_work_and_say_so_once() -> None:
+    code = "from sgl_comm import envs; print([envs.timeout_seconds() for _ in range(2)])"
+    text = run_python(code, SGL_COMM_TIMEOUT="7", SGL_COMM_FOO="1")
+    assert "[7.0, 7.0]" in text
+    assert text.count("SGL_COMM_TIMEOUT is an old name and still works; it is now SGLCOMM_TIMEOUT") == 1
+    assert "SGL_COMM_FOO is set but sgl_comm has no such variable" in text
+    assert "[3.0, 3.0]" in run_python(code, SGL_COMM_TIMEOUT="7", SGLCOMM_TIMEOUT="3")
 
 
 @pytest.mark.gpu
@@ -56,21 +66,21 @@ print("used" if state == 0 and active.value != 0 else "unused")
 def test_every_variable_has_a_default_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [variable.name for variable in envs.ALL]
     assert len(set(names)) == len(names)
-    assert {"SGL_COMM_TIMEOUT", "SGL_COMM_CPU_INSTRUCTIONS", "SGL_COMM_BUILD_CUDA"} <= set(names)
+    assert {"SGLCOMM_TIMEOUT", "SGLCOMM_CPU_INSTRUCTIONS", "SGLCOMM_BUILD_CUDA"} <= set(names)
     assert all(variable.meaning for variable in envs.ALL)
-    monkeypatch.delenv("SGL_COMM_TIMEOUT", raising=False)
+    monkeypatch.delenv("SGLCOMM_TIMEOUT", raising=False)
     assert envs.timeout_seconds() == 300
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "")
     assert envs.timeout_seconds() == 300
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "2.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "2.5")
     assert envs.timeout_seconds() == 2.5
 
 
 def test_warnings_name_what_is_known(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_FOO", "1")
+    monkeypatch.setenv("SGLCOMM_FOO", "1")
     with caplog.at_level(logging.WARNING, logger="sgl_comm"):
-        envs.warn_about_unknown_names()
-    assert [record.getMessage() for record in caplog.records if "SGL_COMM_FOO" in record.getMessage()]
+        envs.warn_about_names()
+    assert [record.getMessage() for record in caplog.records if "SGLCOMM_FOO" in record.getMessage()]
 
 
 def test_build_info_says_what_was_built() -> None:

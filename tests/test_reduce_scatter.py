@@ -201,6 +201,6 @@ def test_200_calls_among_others_on_one_communicator(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("instructions", ["scalar", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(instructions: str) -> None:
-    with RankPool(3, env={"SGL_COMM_CPU_INSTRUCTIONS": instructions}) as pool:
+    with RankPool(3, env={"SGLCOMM_CPU_INSTRUCTIONS": instructions}) as pool:
         for fn in (matrix, awkward):
             assert pool.run(fn, deadline=60) == [[], [], []]

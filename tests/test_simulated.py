@@ -193,16 +193,14 @@ def test_a_source_that_runs_ahead_overwrites_nothing(elements: int, late: int, w
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_broadcast_that_misses_a_rank_fails_softly(missing: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source of what needs more places than there are, and receivers, name the rank that did not come."""
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     with make_simulated(world) as ranks:
         x = torch.ones(5_000_000, device="cuda")
         present = [rank for rank in ranks if rank.rank != missing]
         outputs = call_all(present, [x] * len(present), lambda x, name: ops.cfg_broadcast(x, 0, name))
         for rank, output in zip(present, outputs, strict=True):
             assert output[-1].isnan()
-            assert (
-                f"waited 0.5 s (SGL_COMM_TIMEOUT) for rank {missing}, which never came (cfg_broadcast" in rank.fault()
-            )
+            assert f"waited 0.5 s (SGLCOMM_TIMEOUT) for rank {missing}, which never came (cfg_broadcast" in rank.fault()
     assert torch.ones(4, device="cuda").sum().item() == 4
 
 
@@ -230,7 +228,7 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(cfg: Call) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU, of which the group is not")
 @pytest.mark.parametrize("cfg", [ops.cfg_all_reduce, lambda x, name: ops.cfg_broadcast(x, 0, name)])
 def test_a_tensor_of_another_gpu_is_refused_and_counted(cfg: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     x, other = torch.ones(1000, device="cuda:0"), torch.ones(1000, device="cuda:1")
     with make_simulated(2) as ranks:
         for rank in ranks:
@@ -245,7 +243,7 @@ def test_a_tensor_of_another_gpu_is_refused_and_counted(cfg: Call, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["all_reduce", "v1"])
 def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     x = torch.ones(1000, device="cuda")
     with make_simulated(2) as ranks:
         for rank in ranks if name == "v1" else []:
@@ -265,7 +263,7 @@ def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, mon
 @pytest.mark.parametrize("apart", [False, True])
 def test_refusals_of_different_calls_are_told_apart(apart: bool, v1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank refuses once; where one has made a call in between, that is no agreement."""
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     x = torch.ones(1000, device="cuda")
 
     def refuse(rank: SimulatedRank) -> None:
@@ -381,7 +379,7 @@ def sums_and_norms(rank: SimulatedRank, order: Sequence[torch.Tensor], weight: t
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_a_rank_that_comes_late_finds_room(world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """All others' launches, and the next beside them, lie on the device and wait: large blocks between small ones."""
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "5")
     hidden = 4096
     weight = torch.ones(hidden, dtype=dtype, device="cuda")
     large, small, stepped = (inputs_of(world, count, dtype) for count in (155_000, 1000, 30_000))
@@ -412,7 +410,7 @@ def test_a_rank_that_comes_late_finds_room(world: int, dtype: torch.dtype, monke
 def test_a_rank_that_does_not_come_ends_in_nan_and_an_error_that_names_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     call = SUMS[name]
     with make_simulated(3) as ranks:
         x = torch.ones(1000, device="cuda")
@@ -429,7 +427,7 @@ def test_a_rank_that_does_not_come_ends_in_nan_and_an_error_that_names_it(
 
 @pytest.mark.parametrize(("op", "name"), [(ops.reduce_scatter, "reduce_scatter"), (ops.all_gather, "all_gather")])
 def test_the_halves_fail_softly_too(op: Call, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "0.5")
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "0.5")
     with make_simulated(3) as ranks:
         x = torch.ones(999, device="cuda")
         outputs = call_all(ranks[:2], [x, x], op)

@@ -34,7 +34,7 @@ NUM_CALLS = 200
 GATE_CYCLES = 50_000_000
 """Of the GPU's clock: longer than the host takes to enqueue what stands behind the gate."""
 TIMEOUT_S = 3
-"""SGL_COMM_TIMEOUT where a rank is missed on purpose."""
+"""SGLCOMM_TIMEOUT where a rank is missed on purpose."""
 
 KINDS = {"v1": ("v1",), "v2": V2_OPS}
 
@@ -48,14 +48,14 @@ def one_process() -> Iterator[Pools]:
 
 @pytest.fixture(scope="module")
 def short_one_process() -> Iterator[Pools]:
-    pools = Pools({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "SGL_COMM_TIMEOUT": str(TIMEOUT_S)})
+    pools = Pools({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "SGLCOMM_TIMEOUT": str(TIMEOUT_S)})
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Pools]:
-    pools = Pools({"SGL_COMM_TIMEOUT": str(TIMEOUT_S)})
+    pools = Pools({"SGLCOMM_TIMEOUT": str(TIMEOUT_S)})
     yield pools
     pools.close()
 

@@ -163,14 +163,14 @@ def test_a_rank_killed_from_outside() -> None:
 
 
 def test_a_private_pool_has_its_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGL_COMM_TIMEOUT", "33")
-    with RankPool(2, env={"SGL_COMM_TIMEOUT": "3"}) as pool:
-        assert pool.run(read_env, "SGL_COMM_TIMEOUT") == ["3", "3"]
-    with RankPool(1, env={"SGL_COMM_TIMEOUT": None}, make_comm=False) as pool:
-        assert pool.run(read_env, "SGL_COMM_TIMEOUT") == [None]
+    monkeypatch.setenv("SGLCOMM_TIMEOUT", "33")
+    with RankPool(2, env={"SGLCOMM_TIMEOUT": "3"}) as pool:
+        assert pool.run(read_env, "SGLCOMM_TIMEOUT") == ["3", "3"]
+    with RankPool(1, env={"SGLCOMM_TIMEOUT": None}, make_comm=False) as pool:
+        assert pool.run(read_env, "SGLCOMM_TIMEOUT") == [None]
         assert pool.run(has_comm) == [False]
     with RankPool(1, make_comm=False) as pool:
-        assert pool.run(read_env, "SGL_COMM_TIMEOUT") == ["33"]
+        assert pool.run(read_env, "SGLCOMM_TIMEOUT") == ["33"]
 
 
 def test_nothing_is_left_behind() -> None:

@@ -177,7 +177,7 @@ class Pools:
 def simulating_pools() -> Pools:
     """For pools of one process that holds simulated ranks: the driver gives each of their streams a queue of its own,
     so that no rank's kernels wait behind another's; and a rank that is missed is so for seconds."""
-    return Pools({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "SGL_COMM_TIMEOUT": "20"})
+    return Pools({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "SGLCOMM_TIMEOUT": "20"})
 
 
 def assert_none_wrong(results: Sequence[list[str]]) -> None:

@@ -52,7 +52,7 @@ std::string compare_calls(const char* op, const Groups::GroupPtr& group, const s
   std::ostringstream reason;
   reason << "sgl_comm::" << op << ": expected the same call on every rank, and none that is refused; got ";
   for (size_t r = 0; r < texts.size(); ++r) reason << (r == 0 ? "" : "; ") << "rank " << r << ": " << texts[r];
-  reason << ". Nothing was sent (SGL_COMM_CHECK)";
+  reason << ". Nothing was sent (SGLCOMM_CHECK)";
   return reason.str();
 }
 

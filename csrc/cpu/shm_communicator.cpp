@@ -34,7 +34,7 @@ const char* name_of(Call::Kind kind) {
     case Call::Kind::kGrafterBroadcast:
       return "grafter_broadcast_";
     case Call::Kind::kCompareCalls:
-      return "the comparison of calls (SGL_COMM_CHECK)";
+      return "the comparison of calls (SGLCOMM_CHECK)";
     default:
       return "all_reduce";
   }
@@ -77,7 +77,7 @@ std::string ShmCommunicator::attach(const std::vector<ShmHandle>& handles) {
   std::string reason = segment_.attach(rank_, segments);
   if (!reason.empty()) return reason;
   for (const ShmHandle& handle : handles) {
-    if (handle.first_epoch != step_) return "the ranks have different values of SGL_COMM_FIRST_EPOCH";
+    if (handle.first_epoch != step_) return "the ranks have different values of SGLCOMM_FIRST_EPOCH";
   }
   header_ = reinterpret_cast<Header*>(segment_.data());
   header_->ranks[rank_].arrived.start_at(step_);  // no peer looks before all have agreed that all have attached

@@ -189,7 +189,7 @@ class ShmCommunicator {
   const int rank_;
   const int world_;
   double timeout_seconds_;  // of a wait; with what follows written under the lock
-  const char* timeout_name_ = "SGL_COMM_TIMEOUT";
+  const char* timeout_name_ = "SGLCOMM_TIMEOUT";
   std::chrono::steady_clock::time_point waits_end_at_ = std::chrono::steady_clock::time_point::max();
   int spin_limit_ = 0;
   GroupSegment segment_;

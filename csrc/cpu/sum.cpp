@@ -57,10 +57,13 @@ namespace {
 
 using SumVectors = size_t (*)(DType, void* out, const void* const* sources, int num_sources, size_t count);
 
-// The best that this machine has and SGL_COMM_CPU_INSTRUCTIONS allows: what it names, or less.
+// The best that this machine has and SGLCOMM_CPU_INSTRUCTIONS allows: what it names, or less.
 SumVectors choose_instructions() {
-  const char* text = std::getenv("SGL_COMM_CPU_INSTRUCTIONS");
-  const std::string limit = text != nullptr ? text : "";
+  std::string limit;
+  for (const char* name : {"SGLCOMM_CPU_INSTRUCTIONS", "SGL_COMM_CPU_INSTRUCTIONS"}) {  // the second is its old name
+    const char* text = std::getenv(name);
+    if (limit.empty() && text != nullptr) limit = text;
+  }
   bool allowed = limit.empty();
   const auto take = [&](const char* name) { return allowed = allowed || limit == name; };
 #if defined(__x86_64__)

@@ -21,7 +21,7 @@ std::string DeviceCommunicator::attach(const std::vector<CommunicatorHandle>& ha
   std::vector<DeviceHandle> groups;
   for (const CommunicatorHandle& handle : handles) {
     if (handle.failure[0] != 0) return "rank " + std::to_string(groups.size()) + ": " + handle.failure;
-    if (!(handle.thresholds == thresholds_)) return "the ranks were given different thresholds (SGL_COMM_INVARIANT?)";
+    if (!(handle.thresholds == thresholds_)) return "the ranks were given different thresholds (SGLCOMM_INVARIANT?)";
     groups.push_back(handle.group);
   }
   const std::string reason = group_.attach(groups);

@@ -106,7 +106,7 @@ std::string DeviceGroup::attach(const std::vector<DeviceHandle>& handles) {
   std::vector<SegmentHandle> segments;
   for (const DeviceHandle& handle : handles) {
     if (handle.workspace_bytes != handles[0].workspace_bytes) return "the ranks were given different max_size";
-    if (handle.first_epoch != handles[0].first_epoch) return "the ranks were given different SGL_COMM_FIRST_EPOCH";
+    if (handle.first_epoch != handles[0].first_epoch) return "the ranks were given different SGLCOMM_FIRST_EPOCH";
     segments.push_back(handle.segment);
     segment_pids_.push_back(handle.segment.pid);
   }
@@ -213,7 +213,7 @@ std::string DeviceGroup::fault() const {
            << " have been left without an error on every rank";
       break;
     default:
-      text << "rank " << code.rank << " waited " << timeout_seconds_ << " s (SGL_COMM_TIMEOUT) for rank " << code.peer
+      text << "rank " << code.rank << " waited " << timeout_seconds_ << " s (SGLCOMM_TIMEOUT) for rank " << code.peer
            << ", which never came";
   }
   if (seen_by_kernel) {

@@ -1,4 +1,4 @@
-"""How the grafter is set up: ``GrafterConfig``, from code or from ``SGL_COMM_GRAFTER_*``."""
+"""How the grafter is set up: ``GrafterConfig``, from code or from ``SGLCOMM_GRAFTER_*``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class GrafterConfig:
         if self.live and not self.token and not _is_loopback(self.master_address):
             raise SglCommError(
                 f"grafter: got master_address {self.master_address!r} and no token; expected a token"
-                " (SGL_COMM_GRAFTER_TOKEN), since other hosts can reach that address"
+                " (SGLCOMM_GRAFTER_TOKEN), since other hosts can reach that address"
             )
         if self.mode == "record":
             return
@@ -114,7 +114,7 @@ class GrafterConfig:
 
     @staticmethod
     def from_env() -> GrafterConfig:
-        """What the environment variables ``SGL_COMM_GRAFTER_<FIELD>`` say; the defaults where they are unset.
+        """What the environment variables ``SGLCOMM_GRAFTER_<FIELD>`` say; the defaults where they are unset.
 
         Raises:
             SglCommError: a value that is none of its field's type, or that cannot be.
@@ -122,7 +122,7 @@ class GrafterConfig:
         values = {}
         for field in dataclasses.fields(GrafterConfig):
             variable = envs.GRAFTER[field.name]
-            text = os.environ.get(variable.name, "")
+            text = variable.given()
             if text:
                 values[field.name] = _parsed(variable.name, text, str(field.type))
         return GrafterConfig(**values)

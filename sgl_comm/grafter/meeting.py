@@ -252,7 +252,7 @@ class _Talk:
         proof, text = said[:_MAC_DIGITS], said[_MAC_DIGITS:]
         if not hmac.compare_digest(proof.encode(), self.proof(what, text).encode()):
             raise TransportFault(
-                f"{member} has another token than {self.me} (token, SGL_COMM_GRAFTER_TOKEN); expected one on both sides"
+                f"{member} has another token than {self.me} (token, SGLCOMM_GRAFTER_TOKEN); expected one on both sides"
             )
         return text
 

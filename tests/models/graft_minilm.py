@@ -1,7 +1,7 @@
 """One side of two MiniLMs, a good one and a broken one, between which tensors are grafted: see docs/grafter.md.
 
-    SGL_COMM_GRAFTER_ROLE=baseline torchrun --nproc-per-node 2 --master-port 29601 tests/models/graft_minilm.py
-    SGL_COMM_GRAFTER_ROLE=target torchrun --nproc-per-node 3 --master-port 29602 tests/models/graft_minilm.py --break 3
+    SGLCOMM_GRAFTER_ROLE=baseline torchrun --nproc-per-node 2 --master-port 29601 tests/models/graft_minilm.py
+    SGLCOMM_GRAFTER_ROLE=target torchrun --nproc-per-node 3 --master-port 29602 tests/models/graft_minilm.py --break 3
 
 Everything else about the grafter is in the environment too. Prints this side's embeddings of a sentence.
 """

@@ -97,7 +97,7 @@ def launch(role: str, world: int, environ: dict[str, str], *options: str) -> sub
     script = str(graft_minilm.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["--master-port", str(free_port()), script, *options]
-    environ = {**os.environ, **environ, "SGL_COMM_GRAFTER_ROLE": role}
+    environ = {**os.environ, **environ, "SGLCOMM_GRAFTER_ROLE": role}
     environ["PYTHONPATH"] = str(Path(sgl_comm.__file__).parents[1])
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -108,7 +108,7 @@ def test_two_launches_of_torchrun_are_told_by_the_environment_alone(tmp_path: Pa
         "target_world_size": 3, "layout": "Replicate", "b2t_filter": f"layer == {BROKEN_LAYER}", "timeout": 60,
         "report_dir": tmp_path, "token": "of both",
     }  # fmt: skip
-    environ = {f"SGL_COMM_GRAFTER_{name.upper()}": str(value) for name, value in values.items()}
+    environ = {f"SGLCOMM_GRAFTER_{name.upper()}": str(value) for name, value in values.items()}
     sides = [launch("baseline", 2, environ), launch("target", 3, environ, "--break", str(BROKEN_LAYER))]
     try:
         printed = [side.communicate(timeout=120) for side in sides]

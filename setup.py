@@ -1,7 +1,6 @@
-"""Builds sgl_comm: `_C` always, `_C_cuda` where nvcc and torch allow it. See `build_tools/native.py` for the flags.
+"""Builds sgl_comm: `_C` always, `_C_cuda` where nvcc and torch allow it.
 
-Environment: `SGLCOMM_BUILD_CUDA` (0 leaves CUDA out, 1 makes its absence an error), `TORCH_CUDA_ARCH_LIST`,
-`MAX_JOBS`, `CUDA_HOME`, `CXX`.
+`build_tools/settings.py` has the environment variables, `build_tools/ninja_file.py` the flags.
 """
 
 import sys

@@ -1,15 +1,16 @@
 """The build backend (PEP 517 and 660): setuptools, plus one thing.
 
-The torch in the environment being installed into is used for the build and left alone. Only where there is none does
-the build ask for one.
+The torch in the environment being installed into is used for the build and left alone. Where there is none, its headers
+are fetched, or if that cannot be, the build asks for a torch.
 """
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import (
     build_sdist,
@@ -18,7 +19,7 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 
-from build_tools import torch_finder
+from build_tools import native, toolchain, torch_finder, torch_headers
 
 __all__ = [
     "build_editable",
@@ -33,24 +34,32 @@ __all__ = [
 
 ConfigSettings = Mapping[str, Any] | None
 
+_MIN_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
+
+
+def _check_setuptools() -> None:
+    """Without isolation nobody has looked at the versions that pyproject.toml asks for."""
+    match = re.match(r"(\d+)\.(\d+)", setuptools.__version__)
+    if match is None or (int(match[1]), int(match[2])) < _MIN_SETUPTOOLS:
+        raise RuntimeError(
+            f"sgl_comm's build: setuptools is {setuptools.__version__}; expected 70.1 or newer: install it with"
+            ' `pip install "setuptools>=70.1"`, or build with isolation'
+        )
+
+
+_check_setuptools()
+
 
 def _native_requirements() -> list[str]:
-    """What compiling needs beyond setuptools: torch where none is installed, ninja to compile files in parallel."""
+    """What compiling needs beyond setuptools: ninja where none runs, torch where its headers cannot be had."""
     requirements = []
-    if not torch_finder.is_importable() and torch_finder.find_torch() is None:
-        requirements.append(f"torch>={torch_finder.MIN_TORCH_TEXT}")
-    if shutil.which("ninja") is None:
+    if toolchain.find_ninja() is None:
         requirements.append("ninja")
+    if torch_finder.importable_torch() is None and torch_finder.find_torch() is None:
+        headers = torch_headers.fetched(native.FETCHED_HEADERS) or torch_headers.fetch(native.FETCHED_HEADERS)
+        if headers is None:
+            requirements.append(torch_finder.TORCH_REQUIREMENT)
     return requirements
-
-
-def _expose_torch() -> None:
-    """Makes torch importable; done for the compiling hooks alone, as no other needs it."""
-    if torch_finder.is_importable():
-        return
-    found = torch_finder.find_torch()
-    if found is not None:
-        torch_finder.expose(found)
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings = None) -> list[str]:
@@ -66,14 +75,12 @@ def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> l
 def build_wheel(
     wheel_directory: str, config_settings: ConfigSettings = None, metadata_directory: str | None = None
 ) -> str:
-    """Builds the wheel against the installed torch."""
-    _expose_torch()
+    """Builds the wheel against the torch that is installed, or will be."""
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: ConfigSettings = None, metadata_directory: str | None = None
 ) -> str:
-    """Builds the libraries into the source tree, against the installed torch."""
-    _expose_torch()
+    """Builds the libraries into the source tree, against the torch that is installed, or will be."""
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

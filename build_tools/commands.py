@@ -1,9 +1,7 @@
-"""The setuptools commands of this project. Cheap to import: metadata and sdists are made without torch."""
+"""The setuptools commands of this project. Cheap to import: metadata and sdists are made without compiling."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import shutil
 from pathlib import Path
 
@@ -11,13 +9,10 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-from build_tools import torch_finder
+from build_tools import native
 
 PACKAGE = "sgl_comm"
 BUILD_INFO = "_build_info.json"
-
-# How the build was asked for; handed on to torch's build command as it is.
-_SHARED_OPTIONS = ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "force", "verbose", "parallel")
 
 
 def declared_extensions() -> list[Extension]:
@@ -36,25 +31,12 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """Compiles the libraries by torch's own command, which exists only once torch can be imported."""
+    """Compiles the libraries by ninja (`build_tools/native.py`) and puts them where setuptools wants them."""
 
     def run(self) -> None:
-        """Compiles, links and records how."""
-        if importlib.util.find_spec("torch") is None:
-            raise RuntimeError(
-                f"building sgl_comm needs torch >= {torch_finder.MIN_TORCH_TEXT}, and there is none in this "
-                "environment: install it first, or build with `pip install .`, which fetches it"
-            )
-        from build_tools import native
-
-        plan = native.plan_cuda()
-        self._remove_stale()
-        options = {name: getattr(self, name) for name in _SHARED_OPTIONS if hasattr(self, name)}
-        command = native.make_command(self.distribution, plan, options)
-        command.run()
-        self.extensions, self.ext_map = command.extensions, command.ext_map
-        info = native.build_info(self.distribution.get_version(), plan)
-        (self._output_dir() / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
+        """Compiles; then installs, when all has succeeded."""
+        built = native.compile_libraries(self.distribution.get_version())
+        self._names = [path.name for path in native.install(built, self._output_dir(), BUILD_INFO)]
 
     def _output_dir(self) -> Path:
         """The package folder the libraries end up in: the source tree's if built in place."""
@@ -62,8 +44,16 @@ class BuildExt(build_ext):
             return Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
         return Path(self.build_lib, PACKAGE)
 
-    def _remove_stale(self) -> None:
-        """Drops libraries of an earlier build: a `_C_cuda` left behind would be taken for one of this build."""
-        for directory in {Path(self.build_lib, PACKAGE), self._output_dir()}:
-            for path in [*directory.glob("_C*.so"), directory / BUILD_INFO]:
-                path.unlink(missing_ok=True)
+    def get_outputs(self) -> list[str]:
+        """The files of a wheel."""
+        return [str(Path(self.build_lib, PACKAGE, name)) for name in getattr(self, "_names", [])]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Files of a wheel -> where they are instead, built in place."""
+        if not self.inplace:
+            return {}
+        return {path: str(self._output_dir() / Path(path).name) for path in self.get_outputs()}
+
+    def get_source_files(self) -> list[str]:
+        """None: MANIFEST.in lists them."""
+        return []

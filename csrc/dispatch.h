@@ -1,7 +1,5 @@
-// From run-time values to template constants: the dtypes a kernel sums and the worlds it knows.
+// From run-time values to template constants: the dtypes a kernel sums and the worlds it knows. Nothing of torch.
 #pragma once
-
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -13,19 +11,6 @@ constexpr int kMaxWorld = 8;
 
 // The dtypes this package sums by itself; all others go to the fallback.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kOther = 3 };
-
-inline DType dtype_of(torch::headeronly::ScalarType type) {
-  switch (type) {
-    case torch::headeronly::ScalarType::Float:
-      return DType::kFloat32;
-    case torch::headeronly::ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case torch::headeronly::ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      return DType::kOther;
-  }
-}
 
 constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

@@ -15,12 +15,26 @@
 #include <vector>
 
 #include "check.h"
+#include "dispatch.h"
 #include "policy.h"
 #include "strides.h"
 
 namespace sgl_comm {
 
 using Tensor = torch::stable::Tensor;
+
+inline DType dtype_of(torch::headeronly::ScalarType type) {
+  switch (type) {
+    case torch::headeronly::ScalarType::Float:
+      return DType::kFloat32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case torch::headeronly::ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kOther;
+  }
+}
 
 // For error messages: "bfloat16[4, 128] on cpu".
 inline std::string describe(const Tensor& tensor) {

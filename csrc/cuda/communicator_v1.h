@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device/pull.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/device_communicator.h"
 #include "cuda/graph_inputs.h"
 

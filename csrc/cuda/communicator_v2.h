@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device/message.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/device_communicator.h"
 
 namespace sgl_comm::cuda {

@@ -1,7 +1,7 @@
 // A group of ranks on GPUs of one host: this rank's workspace, the peers' workspaces, and the way a failure reaches the
 // host. What lies in a workspace behind its Control is its communicator's business.
 //
-// Who writes what, when: device/view.cuh for the control words. The host writes HostAbort (when a peer's process
+// Who writes what, when: device/view.h for the control words. The host writes HostAbort (when a peer's process
 // dies, or ranks have not refused the same calls), the segment's `refusals`, and its `unmapped` (when this rank has
 // closed its mappings); it reads Fault. A workspace is freed only when every peer has unmapped it or is dead.
 #pragma once
@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/device/view.cuh"
+#include "cuda/device/view.h"
 #include "cuda/workspace.h"
 #include "group_segment.h"
 

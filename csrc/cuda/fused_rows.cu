@@ -1,4 +1,6 @@
+// The compiled kernels of device/all_reduce_layernorm.cuh.
 #include "cuda/device/all_reduce_layernorm.cuh"
+#include "cuda/device/element.cuh"
 #include "cuda/push_kernels.h"
 
 namespace sgl_comm::cuda {

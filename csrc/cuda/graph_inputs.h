@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/device/pull.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/device_group.h"
 #include "cuda/stream_order.h"
 

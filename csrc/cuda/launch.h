@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/address.h"
 #include "cuda/cuda_check.h"
 #include "cuda/residency.h"
 #include "cuda/stream_order.h"
@@ -36,9 +37,6 @@ void check_usable(const char* op, Communicator& comm, const Tensor& input) {
             ": a call of CPU tensors of this group has failed before,",
             " which a peer may have made with CUDA tensors. The communicator is unusable: close() it and init() again");
 }
-
-inline uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
-inline bool aligned(const void* pointer, size_t bytes) { return address_of(pointer) % bytes == 0; }
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;

@@ -1,7 +1,7 @@
-// The pull kernels by what the host knows at run time.
+// The pull kernels by what the host knows at run time. Nothing of torch: the kernels' own file reads this.
 #pragma once
 
-#include "cuda/device/pull.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/residency.h"
 #include "dispatch.h"
 

@@ -1,11 +1,10 @@
-// The push kernels by what the host knows at run time.
+// The push kernels by what the host knows at run time. Nothing of torch: the kernels' own files read this.
 #pragma once
 
-#include <type_traits>
+#include <cstdint>
 
-#include "cuda/device/all_reduce_layernorm.cuh"
-#include "cuda/device/broadcast.cuh"
-#include "cuda/launch.h"
+#include "cuda/address.h"
+#include "cuda/device/parameters.h"
 #include "cuda/residency.h"
 #include "dispatch.h"
 
@@ -81,9 +80,5 @@ void load_norm_kernels();
 
 // Loads every kernel of this world on the current device, and counts how many blocks of each kind fit on it at once.
 Residency load_push_kernels(int world);
-
-template <DType kType>
-using DeviceType = std::conditional_t<kType == DType::kFloat32, device::Float32,
-                                      std::conditional_t<kType == DType::kBFloat16, device::BFloat16, device::Float16>>;
 
 }  // namespace sgl_comm::cuda

@@ -1,3 +1,5 @@
+// The compiled kernels of device/two_shot.cuh.
+#include "cuda/device/element.cuh"
 #include "cuda/device/two_shot.cuh"
 #include "cuda/push_kernels.h"
 

@@ -7,22 +7,6 @@
 
 namespace sgl_comm::device {
 
-// Rows of `hidden` elements, a multiple of kGroup; every array is 16-byte aligned.
-struct LayerNormMessage {
-  PushView view;
-  const void* in;
-  const void* residual;
-  Weights weight, bias;
-  void* normed;
-  void* new_residual;
-  int rows, hidden;
-  int shard_packs;  // two-shot: packs of the message that are each rank's to sum
-  RowLength length;
-  Norm norm;
-  bool defer;  // leave the bank full for the next launch to empty
-  bool late;   // the next launch may begin only when this one is nearly done, which leaves room for more blocks
-};
-
 // The push protocol by packs, of which each has an owner that sums it. One-shot: every rank owns all, and the whole
 // message lies in the bank, as in one_shot.cuh. Two-shot: each owns a shard and passes its sums on, as in two_shot.cuh.
 template <typename T, int kWorld, bool kTwoShot>
@@ -102,11 +86,6 @@ class PackSums {
   uint64_t bank_ = 0;
   Trouble trouble_ = kFine;
 };
-
-// How many blocks a multiprocessor is to hold at least, where a thread has so many packs of a row.
-constexpr int row_blocks(int packs, int world, bool once) {
-  return (packs == 1 && (!once || world <= 3)) || (packs == 2 && once && world == 2) ? 2 : 1;
-}
 
 // A row is a block's, or a cluster's, which takes one (kOnce) or several. A thread has kGroups groups of it at most, in
 // kSlots slots. A thread that has missed a peer goes on with NaN, so that the block stays together; its rows become

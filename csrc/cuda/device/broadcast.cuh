@@ -23,23 +23,6 @@
 
 namespace sgl_comm::device {
 
-constexpr int kBroadcastPlaces = 8, kDoneTiles = 4;
-static_assert(kDoneTiles <= kBroadcastPlaces);
-constexpr int kBroadcastThreads = 256;                      // of a block, at most
-constexpr int64_t kBroadcastRows = kBroadcastThreads / 32;  // of a block's place
-constexpr int64_t kBroadcastRowBytes = kRowPacks * kPackBytes;
-constexpr int64_t kBroadcastBlockBytes = kBroadcastPlaces * kBroadcastRows * kBroadcastRowBytes;
-constexpr int64_t kBroadcastBytes = kMostBroadcastBlocks * kBroadcastBlockBytes;
-
-struct BroadcastMessage {
-  PushView view;
-  const void* in;    // on the source alone
-  void* out;         // null on a source whose result is `in`
-  int64_t count;     // elements
-  int64_t num_rows;  // of kRowData packs
-  int source, world;
-};
-
 // What this block's threads know of the ranks' counts.
 class Counts {
  public:

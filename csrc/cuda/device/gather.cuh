@@ -10,7 +10,6 @@
 
 namespace sgl_comm::device {
 
-constexpr int kRowData = 32, kRowPacks = kRowData + 2;
 constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
 
 // The marks of this thread's half of the warp. Needs the whole warp.

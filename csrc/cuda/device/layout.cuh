@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/device/pack.cuh"
-#include "strides.h"
+#include "cuda/device/parameters.h"
 
 namespace sgl_comm::device {
 
@@ -30,12 +30,6 @@ struct RowMajor {
   static __device__ __forceinline__ void store_existing(const Message& m, int64_t index, uint4 v) {
     device::store_existing<T, kWhole>(m.out, m.count, index, v);
   }
-};
-
-// Strides of both tensors, either of which may be row-major.
-template <typename Message>
-struct WithStrides : Message {
-  Strides in_strides, out_strides;
 };
 
 template <typename T>

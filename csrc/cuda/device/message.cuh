@@ -1,23 +1,9 @@
-// What a push kernel is told, and what all of them do when a peer does not come.
+// How a push kernel finds its part of the work: its packs among those of the launch, and the shards of an array.
 #pragma once
 
 #include "cuda/device/push.cuh"
 
 namespace sgl_comm::device {
-
-constexpr int kMaxThreads = 512;      // of a block, in every push kernel but
-constexpr int kTwoShotThreads = 128;  // two_shot_kernel
-
-struct Message {
-  PushView view;
-  const void* in;
-  void* out;            // an all-reduce's may be `in`
-  int64_t count;        // elements of `in`
-  int64_t shard_count;  // elements of the input that go to one rank; all but the last shards are full
-  int64_t num_packs;    // of the input, or of a shard where the kernel works by shards
-  Op op;
-  bool defer;  // leave the bank full for the next launch to empty
-};
 
 // This thread among all of the launch. But in a one-shot of strided tensors, what it takes is the same on every rank.
 struct Place {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device/pack.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/device/row_sum.cuh"
 #include "norm.h"
 
@@ -34,11 +35,6 @@ __device__ __forceinline__ void store_group(void* row, int64_t hidden, int64_t g
   }
 }
 
-// `hidden` weights or biases, of the rows' dtype or of fp32; null is none.
-struct Weights {
-  const void* data;
-  bool wide;
-};
 template <typename T, bool kWhole>
 __device__ __forceinline__ void load_weights(const Weights& weights, int64_t hidden, int64_t group,
                                              float (&v)[kGroup]) {
@@ -238,19 +234,7 @@ __device__ __forceinline__ void normalise(float (&v)[kGroups][kGroup], const Row
   }
 }
 
-// Rows one after the other, each a block's: new_residual = sums + residual, normed = its norm. Any length of a row; a
-// block has row_slots(hidden) threads. Each thread reads back only what it has itself written.
-struct NormMessage {
-  const void* sums;
-  const void* residual;
-  Weights weight, bias;
-  void* normed;  // may be `sums`
-  void* new_residual;
-  int64_t hidden;
-  RowLength length;
-  Norm norm;
-};
-
+// Each row is a block's. Each thread reads back only what it has itself written.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kMostSlots) norm_kernel(const __grid_constant__ NormMessage m) {
   __shared__ RowSumRoom room;

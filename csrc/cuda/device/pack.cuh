@@ -8,10 +8,10 @@
 #include <cstdint>
 
 #include "cuda/device/ptx.cuh"
+#include "cuda/device/sizes.h"
 
 namespace sgl_comm::device {
 
-constexpr int kPackBytes = 16;
 constexpr uint32_t kSentinel = 0xFFFFFFFFu;  // a NaN in fp32, and in both halves of bf16 and fp16
 
 __device__ __forceinline__ uint4 sentinel_pack() { return {kSentinel, kSentinel, kSentinel, kSentinel}; }

@@ -14,31 +14,6 @@
 
 namespace sgl_comm::device {
 
-constexpr int kMaxPullBlocks = 256;
-constexpr int64_t kFlagBytes = int64_t{kMaxPullBlocks} * kMaxRanks * sizeof(unsigned long long);
-
-// Where each rank's input of one captured call lies, as mapped here. All null until it has been filled in.
-struct PullEntry {
-  const void* input[kMaxRanks];
-};
-
-// Offsets in every rank's workspace.
-struct PullView {
-  GroupView group;
-  int64_t staging;
-  int64_t sums;
-};
-
-struct PullMessage {
-  PullView view;
-  const void* in;
-  void* out;               // may be `in` if `stage`
-  const PullEntry* entry;  // null: every rank's input is in its staging place
-  int64_t count;           // elements
-  int64_t num_packs;       // of the input, or of a shard in two-shot
-  bool stage;              // this rank's input is to be copied to its staging place
-};
-
 __device__ __forceinline__ unsigned long long* flag_of(const GroupView& group, int owner, int sender) {
   return reinterpret_cast<unsigned long long*>(group.workspace[owner] + kControlBytes) + blockIdx.x * kMaxRanks +
          sender;

@@ -17,24 +17,10 @@
 #pragma once
 
 #include "cuda/device/pack.cuh"
-#include "cuda/device/view.cuh"
+#include "cuda/device/parameters.h"
 #include "cuda/device/wait.cuh"
 
 namespace sgl_comm::device {
-
-// What a kernel knows of a push workspace: the group, and how large each bank is.
-struct PushView {
-  GroupView group;
-  uint32_t bank_bytes;  // what a launch leaves full is counted in packs, of which a word holds 2^30
-};
-
-// Between the Control and the banks. The words in which peers tell the blocks of a ring (ring.cuh) of emptied places.
-// Each has a sector of its own: with four in one, large messages took a third longer.
-constexpr int kMostRingBlocks = 256, kCreditBytes = 32;
-constexpr int64_t kCreditsBytes = (kMaxRanks - 1) * kMostRingBlocks * kCreditBytes;
-// And those in which ranks tell each other's blocks how far a broadcast (broadcast.cuh) is, for each block and rank.
-constexpr int kMostBroadcastBlocks = 128;
-constexpr int64_t kCountsBytes = int64_t{kMaxRanks} * kMostBroadcastBlocks * kCreditBytes;
 
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
 __device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {

@@ -17,8 +17,6 @@
 
 namespace sgl_comm::device {
 
-constexpr int kRingPlaces = 4, kCreditTiles = 2;
-
 // How many blocks a multiprocessor is to hold at least; half of them are a launch's (residency.h). For more than four
 // ranks it has not been measured.
 constexpr int ring_blocks(int world) { return world <= 4 ? 2 : 1; }

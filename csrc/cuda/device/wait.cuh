@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device/ptx.cuh"
-#include "cuda/device/view.cuh"
+#include "cuda/device/view.h"
 
 namespace sgl_comm::device {
 

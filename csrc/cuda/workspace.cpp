@@ -1,8 +1,9 @@
+#include "cuda/workspace.h"
+
 #include <utility>
 
 #include "cuda/cuda_check.h"
-#include "cuda/device/view.cuh"
-#include "cuda/workspace.h"
+#include "cuda/device/view.h"
 
 namespace sgl_comm::cuda {
 

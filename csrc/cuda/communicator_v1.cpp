@@ -1,5 +1,6 @@
-#include "check.h"
 #include "cuda/communicator_v1.h"
+
+#include "check.h"
 #include "cuda/cuda_check.h"
 #include "cuda/pull_kernels.h"
 

@@ -1,6 +1,7 @@
+#include "cuda/all_reduce_pull.h"
+
 #include <algorithm>
 
-#include "cuda/all_reduce_pull.h"
 #include "cuda/launch.h"
 #include "cuda/pull_kernels.h"
 #include "policy.h"

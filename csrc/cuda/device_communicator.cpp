@@ -1,6 +1,6 @@
-#include <utility>
-
 #include "cuda/device_communicator.h"
+
+#include <utility>
 
 namespace sgl_comm::cuda {
 

@@ -1,10 +1,11 @@
+#include "cuda/graph_inputs.h"
+
 #include <cuda.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "cuda/cuda_check.h"
-#include "cuda/graph_inputs.h"
 
 namespace sgl_comm::cuda {
 

@@ -1,11 +1,12 @@
 // all_reduce between GPUs: by push kernels, else by pull kernels, else by the group's own backend.
+#include "cuda/all_reduce.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cfg_calls.h"
 #include "cuda/agreement.h"
-#include "cuda/all_reduce.h"
 #include "cuda/all_reduce_pull.h"
 #include "cuda/all_reduce_push.h"
 #include "cuda/groups.h"

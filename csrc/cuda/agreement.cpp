@@ -1,4 +1,5 @@
 #include "cuda/agreement.h"
+
 #include "python_call.h"
 
 namespace sgl_comm::cuda {

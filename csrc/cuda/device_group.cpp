@@ -1,3 +1,5 @@
+#include "cuda/device_group.h"
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -5,7 +7,6 @@
 #include <utility>
 
 #include "cuda/cuda_check.h"
-#include "cuda/device_group.h"
 
 namespace sgl_comm::cuda {
 

@@ -1,5 +1,5 @@
 #include "cuda/all_reduce_push.h"
-#include "cuda/device/ring.cuh"
+
 #include "cuda/launch.h"
 #include "cuda/push_kernels.h"
 #include "policy.h"

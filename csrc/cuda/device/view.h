@@ -1,6 +1,8 @@
 // What a kernel sees of a group: a plain struct of pointers, passed by value. Shared by host and device.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace sgl_comm::device {

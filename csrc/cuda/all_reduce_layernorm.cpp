@@ -1,10 +1,11 @@
 // tp_attn_all_reduce_and_layernorm between GPUs: in one launch where the push kernels serve the message at once, else
 // the all-reduce and then the norm. Which of the two depends on what all ranks share alone.
+#include "all_reduce_layernorm.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "all_reduce_layernorm.h"
 #include "cuda/all_reduce.h"
 #include "cuda/groups.h"
 #include "cuda/launch.h"

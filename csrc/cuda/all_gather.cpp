@@ -1,7 +1,6 @@
 // all_gather between GPUs: every rank pushes its tensor to every peer, bit for bit.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/device/gather.cuh"
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "cuda/push_kernels.h"

@@ -1,4 +1,6 @@
 // Set-up and tear-down of groups, as ops that Python's CustomAllReduceV1 and V2 call; and the library's Python module.
+#include "cuda/groups.h"
+
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +11,6 @@
 #include <vector>
 
 #include "cuda/cuda_check.h"
-#include "cuda/groups.h"
 #include "handles.h"
 #include "text.h"
 

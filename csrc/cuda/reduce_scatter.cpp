@@ -1,7 +1,6 @@
 // reduce_scatter between GPUs: the first half of the two-shot all-reduce, with one shard a rank of dimension 0.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/device/ring.cuh"
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "cuda/push_kernels.h"

@@ -1,7 +1,7 @@
-#include "check.h"
 #include "cuda/communicator_v2.h"
+
+#include "check.h"
 #include "cuda/cuda_check.h"
-#include "cuda/device/broadcast.cuh"
 #include "cuda/push_kernels.h"
 
 namespace sgl_comm::cuda {

@@ -1,0 +1,46 @@
+// Sizes that the host and the kernels must agree on: packs, threads and blocks of a launch, and what a workspace holds.
+// Plain: the host's compiler reads this too.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device/view.h"
+
+namespace sgl_comm::device {
+
+constexpr int kPackBytes = 16;
+
+constexpr int kMaxThreads = 512;      // of a block, in every push kernel but
+constexpr int kTwoShotThreads = 128;  // two_shot_kernel
+
+// Between the Control and the banks. The words in which peers tell the blocks of a ring (ring.cuh) of emptied places.
+// Each has a sector of its own: with four in one, large messages took a third longer.
+constexpr int kMostRingBlocks = 256, kCreditBytes = 32;
+constexpr int64_t kCreditsBytes = (kMaxRanks - 1) * kMostRingBlocks * kCreditBytes;
+// And those in which ranks tell each other's blocks how far a broadcast (broadcast.cuh) is, for each block and rank.
+constexpr int kMostBroadcastBlocks = 128;
+constexpr int64_t kCountsBytes = int64_t{kMaxRanks} * kMostBroadcastBlocks * kCreditBytes;
+
+constexpr int kRingPlaces = 4, kCreditTiles = 2;  // ring.cuh
+
+constexpr int kRowData = 32, kRowPacks = kRowData + 2;  // packs of a warp's row, without and with its marks: gather.cuh
+
+// broadcast.cuh
+constexpr int kBroadcastPlaces = 8, kDoneTiles = 4;
+static_assert(kDoneTiles <= kBroadcastPlaces);
+constexpr int kBroadcastThreads = 256;                      // of a block, at most
+constexpr int64_t kBroadcastRows = kBroadcastThreads / 32;  // of a block's place
+constexpr int64_t kBroadcastRowBytes = kRowPacks * kPackBytes;
+constexpr int64_t kBroadcastBlockBytes = kBroadcastPlaces * kBroadcastRows * kBroadcastRowBytes;
+constexpr int64_t kBroadcastBytes = kMostBroadcastBlocks * kBroadcastBlockBytes;
+
+// The flags at the start of a pull workspace: pull.cuh.
+constexpr int kMaxPullBlocks = 256;
+constexpr int64_t kFlagBytes = int64_t{kMaxPullBlocks} * kMaxRanks * sizeof(unsigned long long);
+
+// How many blocks of a fused norm a multiprocessor is to hold at least, where a thread has so many packs of a row.
+constexpr int row_blocks(int packs, int world, bool once) {
+  return (packs == 1 && (!once || world <= 3)) || (packs == 2 && once && world == 2) ? 2 : 1;
+}
+
+}  // namespace sgl_comm::device

@@ -1,13 +1,13 @@
 // The compiled kernels of device/all_reduce_layernorm.cuh.
 #include "cuda/device/all_reduce_layernorm.cuh"
-#include "cuda/device/element.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/push_kernels.h"
 
 namespace sgl_comm::cuda {
 
 LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(world, [&](auto n) -> LayerNormKernel {
+    return visit_kernel_world(world, [&](auto n) -> LayerNormKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       switch (rows) {

@@ -1,12 +1,13 @@
 // The kernels that move bits: those of device/gather.cuh, and of device/broadcast.cuh.
 #include "cuda/device/broadcast.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/device/gather.cuh"
 #include "cuda/push_kernels.h"
 
 namespace sgl_comm::cuda {
 
 PushKernel gather_kernel(Unit unit, int world, bool ring) {
-  return visit_world(world, [&](auto n) -> PushKernel {
+  return visit_kernel_world(world, [&](auto n) -> PushKernel {
     constexpr int kWorld = n.value;
     switch (unit) {
       case Unit::kPacks:

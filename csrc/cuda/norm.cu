@@ -1,5 +1,5 @@
 // The compiled kernels of device/norm.cuh.
-#include "cuda/device/element.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/device/norm.cuh"
 #include "cuda/push_kernels.h"
 

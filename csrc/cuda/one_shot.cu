@@ -1,5 +1,5 @@
 // The compiled kernels of device/one_shot.cuh.
-#include "cuda/device/element.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/device/one_shot.cuh"
 #include "cuda/push_kernels.h"
 
@@ -7,7 +7,7 @@ namespace sgl_comm::cuda {
 
 PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       if (rounds == Rounds::kRing)
@@ -21,7 +21,7 @@ PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
 
 StridedKernel strided_one_shot_kernel(DType dtype, int world) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(world, [&](auto n) -> StridedKernel {
+    return visit_kernel_world(world, [&](auto n) -> StridedKernel {
       return device::one_shot_loop_kernel<device::Strided<DeviceType<d.value>>, n.value>;
     });
   });

@@ -1,5 +1,5 @@
 // The compiled kernels of device/pull.cuh.
-#include "cuda/device/element.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/device/pull.cuh"
 #include "cuda/pull_kernels.h"
 
@@ -7,7 +7,7 @@ namespace sgl_comm::cuda {
 
 PullKernel pull_kernel(DType dtype, int world, bool whole, bool one_shot) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(world, [&](auto n) -> PullKernel {
+    return visit_kernel_world(world, [&](auto n) -> PullKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       if (one_shot) {

@@ -1,5 +1,5 @@
 // The compiled kernels of device/two_shot.cuh.
-#include "cuda/device/element.cuh"
+#include "cuda/device/compiled.cuh"
 #include "cuda/device/two_shot.cuh"
 #include "cuda/push_kernels.h"
 
@@ -10,7 +10,7 @@ namespace {
 template <bool kGather>
 PushKernel kernel_for(DType dtype, int world, bool whole, bool ring) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_world(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       if (ring) {

@@ -30,7 +30,12 @@ class PackSums {
 
   // What a launch leaves full if it defers the emptying.
   __device__ __forceinline__ uint32_t left_full() const {
-    return defer_ ? (kTwoShot ? 2 : 1) * (kWorld - 1) * packs_ : 0;
+    // Written out for known worlds, here and in sums(): the compiler makes other instructions of a variable.
+    if constexpr (kWorld != kSharedWorld) {
+      return defer_ ? (kTwoShot ? 2 : 1) * (kWorld - 1) * packs_ : 0;
+    } else {
+      return defer_ ? (kTwoShot ? 2 : 1) * (world_of<kWorld>(view_.group) - 1) * packs_ : 0;
+    }
   }
   __device__ __forceinline__ bool owns(int i) const { return !kTwoShot || of(i).owner == rank_; }
   __device__ __forceinline__ Trouble trouble() const { return trouble_; }
@@ -53,7 +58,7 @@ class PackSums {
     uint4 sum = sentinel_pack();
     if (trouble_ == kFine) {
       trouble_ = receive_and_sum<T, kWorld>(view_.group, places, stride(), pack, sum);
-      if (!defer_) empty_places<kWorld>(places, stride());
+      if (!defer_) empty_places<kWorld>(view_.group, places, stride());
       if (kTwoShot && trouble_ == kFine) Peers<kWorld>(view_, stride()).push(sums() + offset, without_sentinel(sum));
     }
     pack = trouble_ == kFine ? sum : sentinel_pack();
@@ -75,7 +80,13 @@ class PackSums {
     return kTwoShot ? shard_pack<kWorld>(i, packs_) : ShardPack{0, i};
   }
   __device__ __forceinline__ uint32_t stride() const { return packs_ * kPackBytes; }
-  __device__ __forceinline__ uint32_t sums() const { return (kWorld - 1) * stride(); }
+  __device__ __forceinline__ uint32_t sums() const {
+    if constexpr (kWorld != kSharedWorld) {
+      return (kWorld - 1) * stride();
+    } else {
+      return (world_of<kWorld>(view_.group) - 1) * stride();
+    }
+  }
 
   const PushView& view_;
   const uint32_t packs_;
@@ -158,7 +169,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
             own[n] = ptx::load_input(static_cast<const uint4*>(m.normed) + i);
           }
           const uint4 terms[2] = {own[n], residual[n]};
-          static_cast<uint4*>(m.new_residual)[i] = own[n] = sum_in_order<T>(terms);
+          static_cast<uint4*>(m.new_residual)[i] = own[n] = sum_in_order<T>(terms, 2);
         });
         float v[kGroups][kGroup]{};
         packs.each(row, [&](int n, int) { packs.widen(own[n], n, v); });
@@ -179,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
         });
       },
       [](int) {});
-  fail_group(group, kWorld, trouble, kAllReduceLayerNorm, start.epoch());
+  fail_group(group, world_of<kWorld>(group), trouble, kAllReduceLayerNorm, start.epoch());
 }
 
 }  // namespace sgl_comm::device

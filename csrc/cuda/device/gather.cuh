@@ -54,7 +54,7 @@ __device__ __forceinline__ Trouble receive_row(const Message& m, const Warp& war
   trouble = await_peers<kWorld>(m.view.group, row + warp.marks, stride, marks);
 #pragma unroll
   for (int p = 0; p < kWorld - 1; ++p) {
-    if (trouble != kFine) continue;
+    if (trouble != kFine || p >= world_of<kWorld>(m.view.group) - 1) continue;
     const Part<T> shard = shard_of<T>(m, m.out, sender_at(p, m.view.group.rank));
     store_to<T, kWhole>(shard, index, with_marked_sentinels(packs[p], marks[p]));
   }
@@ -70,11 +70,11 @@ __device__ __forceinline__ void give_up_rows(const Message& m, const Warp& warp,
 #pragma unroll 1
   for (int64_t row = warp.place.index; row < num_rows; row += warp.place.count) {
 #pragma unroll 1
-    for (int r = 0; r < kWorld; ++r) {
+    for (int r = 0; r < world_of<kWorld>(m.view.group); ++r) {
       store_to<T, kWhole>(shard_of<T>(m, m.out, r), row * kRowData + warp.lane, sentinel_pack());
     }
   }
-  if (trouble != kFine) fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
+  if (trouble != kFine) fail_group(m.view.group, world_of<kWorld>(m.view.group), trouble, m.op, start.epoch());
 }
 
 // m.in has m.shard_count elements, m.out m.count, one shard a rank. The whole message lies in the bank: of each sender
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gather_kernel(const __grid_con
     push_row<kWorld>(peers, warp, bank + row * kRowPacks * kPackBytes, own);
     store_to<T, kWhole>(shard_of<T>(m, m.out, group.rank), row * kRowData + warp.lane, own);
   }
-  const Entry entry = enter<false>(group, start, static_cast<uint32_t>((kWorld - 1) * num_rows * kRowPacks));
+  const Entry entry =
+      enter<false>(group, start, static_cast<uint32_t>((world_of<kWorld>(group) - 1) * num_rows * kRowPacks));
   if (trouble == kFine) {
     const Place place = place_in_grid();
     empty_previous(m.view, start, place.index, place.count);
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
       uint8_t* const places = banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, 0) * kRowPacks);
       trouble = receive_row<T, kWorld, kWhole>(m, warp, places, stride, before * kRowData + warp.lane);
       __syncwarp();  // the marks have been read by all before one of them empties the place
-      empty_places<kWorld>(places + warp.lane * kPackBytes, stride);
-      if (warp.lane % 16 == 0) empty_places<kWorld>(places + warp.marks, stride);
+      empty_places<kWorld>(group, places + warp.lane * kPackBytes, stride);
+      if (warp.lane % 16 == 0) empty_places<kWorld>(group, places + warp.marks, stride);
     }
     if (credits.give_credit(k - 1, trouble)) break;
   }

@@ -13,7 +13,7 @@ __device__ __forceinline__ void give_up_packs(const Message& m, const Place& pla
                                               Trouble trouble) {
 #pragma unroll 1
   for (int64_t i = place.index; i < m.num_packs; i += place.count) Layout::store_existing(m, i, sentinel_pack());
-  fail_group(m.view.group, kWorld, trouble, m.op, start.epoch());
+  fail_group(m.view.group, world_of<kWorld>(m.view.group), trouble, m.op, start.epoch());
 }
 
 // The whole message lies in the bank, of each sender num_packs, one after the other; a thread has one pack or none.
@@ -21,6 +21,7 @@ __device__ __forceinline__ void give_up_packs(const Message& m, const Place& pla
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
+  const int world = world_of<kWorld>(group);
   const uint32_t rank = ptx::in_register(group.rank), num_packs = static_cast<uint32_t>(m.num_packs);
   const uint32_t index = ptx::in_register(blockIdx.x * blockDim.x + threadIdx.x), stride = num_packs * kPackBytes;
   const bool mine = index < num_packs;
@@ -38,14 +39,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   uint8_t* const places = banks + offset;
   const bool fine = start.abort == 0 && start.previous_ended();
   if (fine && mine) peers.push(offset, without_sentinel(own));
-  const Entry entry = enter<false>(group, start, m.defer ? (kWorld - 1) * num_packs : 0);
+  const Entry entry = enter<false>(group, start, m.defer ? (world - 1) * num_packs : 0);
   bool arrived = !mine;
   if (fine) {
     empty_previous(m.view, start, index, gridDim.x * blockDim.x);
     if (mine) {
-      arrived = poll_peers<kWorld>(places, stride, received);
-      if (arrived && !m.defer) empty_places<kWorld>(places, stride);
-      *out = sum_in_order<T>(received, own, rank);
+      arrived = poll_peers<kWorld>(group, places, stride, received);
+      if (arrived && !m.defer) empty_places<kWorld>(group, places, stride);
+      *out = sum_in_order<T>(received, world - 1, own, rank);
     }
     if (arrived && leave(entry)) return;
   }
@@ -55,14 +56,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   } else if (trouble == kFine) {
     trouble = await_missing<kWorld>(group, places, stride, received);
     if (trouble == kFine) {
-      if (!m.defer) empty_places<kWorld>(places, stride);
-      *out = sum_in_order<T>(received, own, rank);
+      if (!m.defer) empty_places<kWorld>(group, places, stride);
+      *out = sum_in_order<T>(received, world - 1, own, rank);
       if (leave(entry)) return;
       trouble = kOverlap;
     }
   }
   if (mine) *out = sentinel_pack();
-  fail_group(group, kWorld, trouble, m.op, start.epoch());
+  fail_group(group, world, trouble, m.op, start.epoch());
 }
 
 // The same for tensors of any alignment, length and strides, and with as many packs a thread as it takes. Ranks need
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const GroupView& group = m.view.group;
   const Place place = place_in_grid();
   const int first = static_cast<int>(place.index), step = static_cast<int>(place.count);
-  const int num_packs = static_cast<int>(m.num_packs);
+  const int num_packs = static_cast<int>(m.num_packs), world = world_of<kWorld>(group);
   const uint32_t stride = num_packs * kPackBytes;
   const Peers<kWorld> peers(m.view, stride);
   uint8_t* const banks = banks_of(m.view, group.rank);
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (trouble == kFine) {
     for (int i = first; i < num_packs; i += step) peers.push(bank + i * kPackBytes, without_sentinel(pack(i)));
   }
-  const Entry entry = enter<true>(group, start, m.defer ? (kWorld - 1) * num_packs : 0);
+  const Entry entry = enter<true>(group, start, m.defer ? (world - 1) * num_packs : 0);
   if (trouble == kFine) {
     empty_previous(m.view, start, first, step);
     for (int i = first; i < num_packs; i += step) {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       uint4 sum;
       trouble = receive_and_sum<typename Layout::Element, kWorld>(group, places, stride, pack(i), sum);
       if (trouble != kFine) break;
-      if (!m.defer) empty_places<kWorld>(places, stride);
+      if (!m.defer) empty_places<kWorld>(group, places, stride);
       Layout::store_existing(m, i, sum);
     }
   }
@@ -145,14 +146,15 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     if (k == 0) continue;
     const auto places = [&](int u) { return banks_of(m.view, group.rank) + (bank + ring.offset(k - 1, u)); };
 #pragma unroll
-    for (int u = 0; u < kOneShotTile; ++u) fetch_peers<kWorld>(places(u), ring.stride(), received[u]);
+    for (int u = 0; u < kOneShotTile; ++u) fetch_peers<kWorld>(group, places(u), ring.stride(), received[u]);
 #pragma unroll
     for (int u = 0; u < kOneShotTile; ++u) {
       const int64_t i = ring.pack_of(k - 1, u);
       if (i >= m.num_packs || trouble != kFine) continue;
       trouble = await_fetched<kWorld>(group, places(u), ring.stride(), received[u]);
-      empty_places<kWorld>(places(u), ring.stride());
-      store_existing<T, kWhole>(m.out, m.count, i, sum_in_order<T>(received[u], own[u], group.rank));
+      empty_places<kWorld>(group, places(u), ring.stride());
+      store_existing<T, kWhole>(m.out, m.count, i,
+                                sum_in_order<T>(received[u], world_of<kWorld>(group) - 1, own[u], group.rank));
     }
     if (credits.give_credit(k - 1, trouble)) break;
   }

@@ -96,19 +96,21 @@ __device__ __forceinline__ void accumulate(float (&total)[T::kLanes], uint4 pack
   for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
 }
 
-// One pack of every rank, added in fp32 in the order of ranks and rounded once.
+// The first `num` packs, one of every rank, added in fp32 in the order of ranks and rounded once.
 template <typename T, int kWorld>
-__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld]) {
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld], int num) {
   float total[T::kLanes];
   T::unpack(packs[0], total);
 #pragma unroll
-  for (int r = 1; r < kWorld; ++r) accumulate<T>(total, packs[r]);
+  for (int r = 1; r < kWorld; ++r) {
+    if (r < num) accumulate<T>(total, packs[r]);
+  }
   return T::pack(total);
 }
 
-// The same where `others` are the packs of all ranks but `rank`, whose own pack is `own`.
+// The same where the first `num` of `others` are the packs of all ranks but `rank`, whose own pack is `own`.
 template <typename T, int kOthers>
-__device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], uint4 own, int rank) {
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], int num, uint4 own, int rank) {
   float total[T::kLanes];
   if constexpr (kOthers == 1) {  // either order gives the same
     T::unpack(own, total);
@@ -119,7 +121,7 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], ui
 #pragma unroll
     for (int r = 0; r < kOthers; ++r) {
       if (r == rank) accumulate<T>(total, own);
-      accumulate<T>(total, others[r]);
+      if (r < num) accumulate<T>(total, others[r]);
     }
     if (rank == kOthers) accumulate<T>(total, own);
   }

@@ -26,12 +26,13 @@ __device__ __forceinline__ Trouble meet(const GroupView& group, const Start& sta
   __syncthreads();
   bool late = false;
   const int peer = threadIdx.x;
-  if (peer < kWorld && peer != group.rank) {
+  const int world = world_of<kWorld>(group);
+  if (peer < world && peer != group.rank) {
     const unsigned long long value = 2 * start.epoch() + turn;
     ptx::store_release_sys(flag_of(group, peer, group.rank), value);
     const unsigned long long* flag = flag_of(group, group.rank, peer);
     late = !await(group, [&] { return ptx::load_acquire_sys(flag) < value; });
-    if (late) fail_group(group, kWorld, peer, kCustomAllReduceV1, start.epoch());
+    if (late) fail_group(group, world, peer, kCustomAllReduceV1, start.epoch());
   }
   return __syncthreads_or(late) ? kFailedBefore : kFine;
 }
@@ -44,11 +45,14 @@ __device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const Start
   bool all = true;
 #pragma unroll
   for (int r = 0; r < kWorld; ++r) {
+    inputs[r] = nullptr;
+    if (r >= world_of<kWorld>(m.view.group)) continue;
     inputs[r] = m.entry != nullptr ? m.entry->input[r] : m.view.group.workspace[r] + m.view.staging;
     all &= inputs[r] != nullptr;
   }
   const Trouble trouble = start.trouble() != kFine ? start.trouble() : all ? kFine : kUnregistered;
-  if (trouble != kFine) fail_group(m.view.group, kWorld, trouble, kCustomAllReduceV1, start.epoch());
+  if (trouble != kFine)
+    fail_group(m.view.group, world_of<kWorld>(m.view.group), trouble, kCustomAllReduceV1, start.epoch());
   return __syncthreads_or(trouble != kFine) ? kFailedBefore : kFine;
 }
 
@@ -60,12 +64,14 @@ __device__ __forceinline__ uint4* staging_of(const PullMessage& m) {
 template <typename T, int kWorld>
 __device__ __forceinline__ uint4 pull_and_sum(const PullMessage& m, const void* const (&inputs)[kWorld], int64_t index,
                                               uint4 own) {
+  const int world = world_of<kWorld>(m.view.group);
   uint4 packs[kWorld];
 #pragma unroll
   for (int r = 0; r < kWorld; ++r) {
+    if (r >= world) continue;
     packs[r] = r == m.view.group.rank ? own : ptx::load_relaxed_sys(static_cast<const uint4*>(inputs[r]) + index);
   }
-  return sum_in_order<T>(packs);
+  return sum_in_order<T>(packs, world);
 }
 
 // NaN in the pack `index` of `num_shards` shards, for each that this thread owns.
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_pull_kernel(const __g
     trouble = meet<kWorld>(group, start, 2);
   }
   if (trouble != kFine) give_up_pull<T, kWhole>(m, 1, place);
-  if (!leave(entry)) fail_group(group, kWorld, kOverlap, kCustomAllReduceV1, start.epoch());
+  if (!leave(entry)) fail_group(group, world_of<kWorld>(group), kOverlap, kCustomAllReduceV1, start.epoch());
 }
 
 // Every rank sums one shard, then reads the others' sums. A thread takes the pack j of every shard.
@@ -122,7 +128,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
   if (trouble == kFine) {
     for (int64_t j = place.index; m.stage && j < m.num_packs; j += place.count) {
 #pragma unroll 1
-      for (int r = 0; r < kWorld; ++r) {
+      for (int r = 0; r < world_of<kWorld>(group); ++r) {
         const int64_t i = r * m.num_packs + j;
         if (exists(i)) staging_of(m)[i] = load_pack<T, kWhole>(m.in, m.count, i);
       }
@@ -140,12 +146,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
   for (int64_t j = place.index; trouble == kFine && j < m.num_packs; j += place.count) {
     uint4 packs[kWorld];
 #pragma unroll
-    for (int r = 0; r < kWorld; ++r) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
+    for (int r = 0; r < kWorld; ++r) {
+      if (r < world_of<kWorld>(group)) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
+    }
 #pragma unroll
-    for (int r = 0; r < kWorld; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
+    for (int r = 0; r < kWorld; ++r) {
+      if (r < world_of<kWorld>(group)) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
+    }
   }
-  if (trouble != kFine) give_up_pull<T, kWhole>(m, kWorld, place);
-  if (!leave(entry)) fail_group(group, kWorld, kOverlap, kCustomAllReduceV1, start.epoch());
+  if (trouble != kFine) give_up_pull<T, kWhole>(m, world_of<kWorld>(group), place);
+  if (!leave(entry)) fail_group(group, world_of<kWorld>(group), kOverlap, kCustomAllReduceV1, start.epoch());
 }
 
 }  // namespace sgl_comm::device

@@ -22,6 +22,19 @@
 
 namespace sgl_comm::device {
 
+// How many ranks the group has. Ranks that there are not have no workspace.
+template <int kWorld>
+__device__ __forceinline__ int world_of(const GroupView& group) {
+  if constexpr (kWorld != kSharedWorld) {
+    return kWorld;
+  } else {
+    int world = kFewestShared;
+#pragma unroll
+    for (int r = kFewestShared; r < kSharedWorld; ++r) world += group.workspace[r] != nullptr ? 1 : 0;
+    return world;
+  }
+}
+
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
 __device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {
   return uint64_t{bank} * view.bank_bytes;
@@ -71,6 +84,10 @@ class Peers {
     const int rank = view.group.rank;
 #pragma unroll
     for (int p = 0; p < kWorld - 1; ++p) {
+      if constexpr (kWorld == kSharedWorld) {
+        parts_[p] = nullptr;
+        if (p >= world_of<kWorld>(view.group) - 1) continue;
+      }
       const int peer = sender_at(p, rank);
       parts_[p] = banks_of(view, peer) + place_of_sender(rank, peer) * stride;
     }
@@ -80,7 +97,12 @@ class Peers {
   // bank_offset) is empty at each peer. After: it is, or soon will be, full. No word of `pack` may be the sentinel.
   __device__ __forceinline__ void push(uint64_t offset, uint4 pack) const {
 #pragma unroll
-    for (int p = 0; p < kWorld - 1; ++p) ptx::store_relaxed_sys(parts_[p] + offset, pack);
+    for (int p = 0; p < kWorld - 1; ++p) {
+      if constexpr (kWorld == kSharedWorld) {
+        if (parts_[p] == nullptr) continue;
+      }
+      ptx::store_relaxed_sys(parts_[p] + offset, pack);
+    }
   }
 
   // For wait_for_previous_kernel().
@@ -92,7 +114,7 @@ class Peers {
   }
 
  private:
-  uint8_t* parts_[kWorld - 1];
+  uint8_t* parts_[kWorld - 1];  // null for a rank that there is not
 };
 
 // Waits for the pack at `place`, a sum of rank `sender`.
@@ -120,11 +142,14 @@ __device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t st
   return any;
 }
 
-// A pack of every peer, in order, those of neighbours `stride` bytes apart, as far as they are there yet.
+// A pack of every peer, in order, those of neighbours `stride` bytes apart, as far as they are there yet. Of ranks that
+// there are not: zeros, which nobody waits for.
 template <int kWorld>
-__device__ __forceinline__ void fetch_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+__device__ __forceinline__ void fetch_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
+                                            uint4 (&packs)[kWorld - 1]) {
+  const int num = world_of<kWorld>(group) - 1;
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) packs[p] = ptx::load_relaxed_sys(places + p * stride);
+  for (int p = 0; p < kWorld - 1; ++p) packs[p] = p < num ? ptx::load_relaxed_sys(places + p * stride) : uint4{};
 }
 
 // Polls with two loads under way, `pack` and `other`; false if it has not seen the pack after the quick polls. What is
@@ -157,8 +182,9 @@ __device__ __forceinline__ bool poll_fetched(const uint8_t* places, uint32_t str
 
 // Polls for a pack of every peer; false if some are still missing after the quick polls.
 template <int kWorld>
-__device__ __forceinline__ bool poll_peers(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
-  fetch_peers<kWorld>(places, stride, packs);
+__device__ __forceinline__ bool poll_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
+                                           uint4 (&packs)[kWorld - 1]) {
+  fetch_peers<kWorld>(group, places, stride, packs);
   if constexpr (kWorld == 2) {
     return poll_in_turn(places, packs[0], ptx::load_relaxed_sys(places));
   } else {
@@ -193,15 +219,18 @@ __device__ __forceinline__ Trouble await_fetched(const GroupView& group, const u
 template <int kWorld>
 __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
                                                uint4 (&packs)[kWorld - 1], bool indirect = false) {
-  fetch_peers<kWorld>(places, stride, packs);
+  fetch_peers<kWorld>(group, places, stride, packs);
   return await_fetched<kWorld>(group, places, stride, packs, indirect);
 }
 
 // Empties places that this very thread has polled.
 template <int kWorld>
-__device__ __forceinline__ void empty_places(uint8_t* places, uint32_t stride) {
+__device__ __forceinline__ void empty_places(const GroupView& group, uint8_t* places, uint32_t stride) {
+  const int num = world_of<kWorld>(group) - 1;
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) *reinterpret_cast<uint4*>(places + p * stride) = sentinel_pack();
+  for (int p = 0; p < kWorld - 1; ++p) {
+    if (p < num) *reinterpret_cast<uint4*>(places + p * stride) = sentinel_pack();
+  }
 }
 
 // Receives every peer's pack (see await_peers) and sums them with this rank's own, in rank order.
@@ -210,7 +239,7 @@ __device__ __forceinline__ Trouble receive_and_sum(const GroupView& group, const
                                                    uint4 own, uint4& sum) {
   uint4 received[kWorld - 1];
   const Trouble trouble = await_peers<kWorld>(group, places, stride, received);
-  sum = sum_in_order<T>(received, own, group.rank);
+  sum = sum_in_order<T>(received, world_of<kWorld>(group) - 1, own, group.rank);
   return trouble;
 }
 

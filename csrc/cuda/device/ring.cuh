@@ -57,8 +57,9 @@ class Credits {
   __device__ __forceinline__ Trouble await_credit(int64_t k) const {
     if (k < kRingPlaces || k % kCreditTiles != 0 || k >= num_tiles_) return kFine;
     const unsigned long long wanted = credit_for(k - kRingPlaces + kCreditTiles - 1);
+    const int world = world_of<kWorld>(view_.group);
 #pragma unroll 1
-    for (int p = 0; p < kWorld - 1; ++p) {
+    for (int p = 0; p < world - 1; ++p) {
       const unsigned long long* const word = credit_of(view_, view_.group.rank, p);
       const auto missing = [&] {
         const unsigned long long found = ptx::load_acquire_sys(word);
@@ -75,14 +76,15 @@ class Credits {
     __shared__ Trouble of_block;
     if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingPlaces >= num_tiles_) return false;
     if (trouble != kFine) {
-      fail_group(view_.group, kWorld, trouble, op_, epoch_ / kEpoch);  // before others of the block wait as long
+      fail_group(view_.group, world_of<kWorld>(view_.group), trouble, op_,
+                 epoch_ / kEpoch);  // before others of the block wait as long
       of_block = trouble;
     }
     if (__syncthreads_or(trouble != kFine)) {
       trouble = of_block;
       return true;
     }
-    if (threadIdx.x < kWorld - 1) {
+    if (threadIdx.x < world_of<kWorld>(view_.group) - 1) {
       const int rank = view_.group.rank, peer = sender_at(threadIdx.x, rank);
       ptx::store_release_sys(credit_of(view_, peer, place_of_sender(rank, peer)), credit_for(k));
     }

@@ -10,6 +10,10 @@ namespace sgl_comm::device {
 
 constexpr int kPackBytes = 16;
 
+// The worlds that have kernels of their own are 2, 3, 4 and 8. Those of 5 to 7 ranks, seldom used, share kernels that
+// are compiled for the most of them and find out at run time how many there are (world_of() in push.cuh).
+constexpr int kFewestShared = 5, kSharedWorld = 7;
+
 constexpr int kMaxThreads = 512;      // of a block, in every push kernel but
 constexpr int kTwoShotThreads = 128;  // two_shot_kernel
 

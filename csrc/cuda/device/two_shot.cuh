@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
                                                    : kGather   ? 6
                                                                : 5) two_shot_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
-  const int rank = group.rank;
+  const int rank = group.rank, world = world_of<kWorld>(group);
   const Place place = place_in_grid();
   const int first = static_cast<int>(place.index), step = static_cast<int>(place.count);
-  const int shard_packs = static_cast<int>(m.num_packs), num_packs = kWorld * shard_packs;
-  const uint32_t stride = shard_packs * kPackBytes, sums = (kWorld - 1) * stride;
+  const int shard_packs = static_cast<int>(m.num_packs), num_packs = world * shard_packs;
+  const uint32_t stride = shard_packs * kPackBytes, sums = (world - 1) * stride;
   const auto load = [&](const ShardPack& p) { return load_of<T, kWhole>(shard_of<T>(m, m.in, p.owner), p.j); };
   const ShardPack mine = shard_pack<kWorld>(first, shard_packs);
   uint8_t* const banks = banks_of(m.view, rank);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
                              without_sentinel(i == first ? own : load(p)));
     }
   }
-  const Entry entry = enter<false>(group, start, m.defer ? (kGather ? 2 : 1) * (kWorld - 1) * shard_packs : 0);
+  const Entry entry = enter<false>(group, start, m.defer ? (kGather ? 2 : 1) * (world - 1) * shard_packs : 0);
   if (trouble == kFine) {
     empty_previous(m.view, start, first, step);
     for (int i = first; i < num_packs && trouble == kFine; i += step) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
       const uint64_t offset = bank + p.j * kPackBytes;
       trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, banks + offset, stride, sums + offset, p.j,
                                                         i == first ? own : load(p));
-      if (!m.defer) empty_places<kWorld>(banks + offset, stride);
+      if (!m.defer) empty_places<kWorld>(group, banks + offset, stride);
     }
     for (int i = first; kGather && i < num_packs && trouble == kFine; i += step) {
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTwoShotThreads, kWorld <= 4 ? 8
       const ShardPack p = shard_pack<kWorld>(i, shard_packs);
       give_up_pack<T, kWhole, kGather>(m, p.owner, p.j);
     }
-    fail_group(group, kWorld, trouble, m.op, start.epoch());
+    fail_group(group, world, trouble, m.op, start.epoch());
   }
 }
 
@@ -121,11 +121,11 @@ template <typename T, int kWorld, bool kWhole, bool kGather>
 __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     two_shot_ring_kernel(const __grid_constant__ Message m) {
   const GroupView& group = m.view.group;
-  const int rank = group.rank;
+  const int rank = group.rank, world = world_of<kWorld>(group);
   const Place place = place_in_grid();
   const Ring<1> ring{place};
   const int64_t num_tiles = ring.num_tiles(m.num_packs);
-  const uint32_t stride = ring.stride(), sums = (kWorld - 1) * stride;
+  const uint32_t stride = ring.stride(), sums = (world - 1) * stride;
   constexpr int kLag = kGather ? 2 : 1;  // tiles between the push and the last poll of one
   ptx::wait_for_previous_kernel();
   const Start start = read_start<true>(group);
@@ -142,7 +142,9 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     uint4 packs[kWorld];
     if (now < m.num_packs) {
 #pragma unroll
-      for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
+      for (int o = 0; o < kWorld; ++o) {
+        if (o < world) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
+      }
     }
     if (trouble == kFine) trouble = credits.await_credit(k);
     if (now < m.num_packs && trouble == kFine) {
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
       for (int o = 0; o < kWorld; ++o) {
         if (o == rank) {
           pushed = packs[o];
-        } else {
+        } else if (o < world) {
           const uint64_t offset = bank + place_of_sender(rank, o) * stride + ring.offset(k, 0);
           ptx::store_relaxed_sys(banks_of(m.view, o) + offset, without_sentinel(packs[o]));
         }
@@ -159,16 +161,17 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     if (k >= 1 && before < m.num_packs && trouble == kFine) {
       const uint64_t offset = bank + ring.offset(k - 1, 0);
       trouble = reduce_pack<T, kWorld, kWhole, kGather>(m, banks + offset, stride, sums + offset, before, own);
-      empty_places<kWorld>(banks + offset, stride);
+      empty_places<kWorld>(group, banks + offset, stride);
     }
     if (kGather && k >= 2 && oldest < m.num_packs && trouble == kFine) {
       uint8_t* const places = banks + (bank + sums + ring.offset(k - 2, 0));
       uint4 packs[kWorld - 1];
       trouble = await_peers<kWorld>(group, places, stride, packs, true);
-      empty_places<kWorld>(places, stride);
+      empty_places<kWorld>(group, places, stride);
 #pragma unroll
       for (int p = 0; p < kWorld - 1; ++p) {
-        if (trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
+        if (trouble != kFine || p >= world - 1) continue;
+        store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
       }
     }
     if (k >= kLag && credits.give_credit(k - kLag, trouble)) break;
@@ -179,9 +182,9 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
 #pragma unroll 1
     for (int64_t j = place.index; j < m.num_packs; j += place.count) {
 #pragma unroll 1
-      for (int r = 0; r < kWorld; ++r) give_up_pack<T, kWhole, kGather>(m, r, j);
+      for (int r = 0; r < world; ++r) give_up_pack<T, kWhole, kGather>(m, r, j);
     }
-    fail_group(group, kWorld, trouble, m.op, start.epoch());
+    fail_group(group, world, trouble, m.op, start.epoch());
   }
 }
 

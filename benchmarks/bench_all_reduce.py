@@ -11,10 +11,12 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from sgl_comm.testing import SimulatedRank, make_simulated
+from sgl_comm.tools import command_line
 from sgl_comm.tools.simulated_timing import Call, graph_microseconds
 
 
@@ -59,8 +61,10 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=["one_shot", "two_shot"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << p for p in (10, 13, 14, 16, 18, 20)])
     parser.add_argument("--host", action="store_true", help="the host's time of an eager call too")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.json and (why_not := command_line.why_not_written(options.json)):
+        parser.error(f"--json: {why_not}")
     results: dict[str, object] = {"gpu": torch.cuda.get_device_name()}
     print(f"# {results['gpu']}, simulated ranks, bfloat16, microseconds")
     print(f"{'world':>5} {'bytes':>10} " + " ".join(f"{algo:>14}" for algo in options.algos), flush=True)
@@ -75,9 +79,8 @@ def main() -> None:
                 for name, microseconds in host.items():
                     print(f"host, {name}: {microseconds:.2f} us")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+        command_line.write(options.json, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command_line.run(main))

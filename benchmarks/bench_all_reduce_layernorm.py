@@ -21,7 +21,7 @@ import sgl_comm
 from sgl_comm import reference
 from sgl_comm.layers import LayerGroups, ParallelConfig
 from sgl_comm.testing import RankContext, make_simulated, wrong_elements
-from sgl_comm.tools import bench, report, timing
+from sgl_comm.tools import bench, command_line, report, timing
 from sgl_comm.tools.contenders import Contender, peer_group
 from sgl_comm.tools.simulated_timing import Call, graph_microseconds
 
@@ -182,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command_line.run(main))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgl_comm import ops, reference
 from sgl_comm.testing import RankContext, wrong_elements
-from sgl_comm.tools import bench, report, timing
+from sgl_comm.tools import bench, command_line, report, timing
 from sgl_comm.tools.contenders import Contender
 
 CHANNELS = 16
@@ -125,4 +125,4 @@ def print_table(setting: dict[str, object], found: dict[tuple[str, int], dict[st
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command_line.run(main))

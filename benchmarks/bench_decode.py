@@ -24,7 +24,7 @@ from sgl_comm.layers import LayerGroups, ParallelConfig
 from sgl_comm.models import ModelConfig, Step3p5, Unsharded, greedy
 from sgl_comm.models.greedy import best
 from sgl_comm.testing import RankContext, wrong_elements
-from sgl_comm.tools import bench, report, timing
+from sgl_comm.tools import bench, command_line, report, timing
 from sgl_comm.tools.contenders import Contender, peer_group
 from sgl_comm.tools.timing import Timing
 
@@ -261,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command_line.run(main))

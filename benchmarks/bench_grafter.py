@@ -22,7 +22,7 @@ from torch import Tensor
 from sgl_comm import ops
 from sgl_comm.grafter import Grafter, GrafterConfig
 from sgl_comm.testing import RankContext
-from sgl_comm.tools import bench, report, timing
+from sgl_comm.tools import bench, command_line, report, timing
 from sgl_comm.tools.contenders import Contender
 
 BUDGET_S = 4.0
@@ -164,4 +164,4 @@ def print_tables(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command_line.run(main))

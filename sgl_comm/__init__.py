@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from sgl_comm import envs, ops
+# isort: off
+from sgl_comm import _library  # noqa: F401  (first: it says what is wrong with this copy, or with the torch at hand)
+
+# isort: on
+from sgl_comm import _build_notes, envs, ops
 from sgl_comm.build_info import BuildInfo, build_info
 from sgl_comm.cfg_group import CfgGroup
 from sgl_comm.communicator import Communicator, init
@@ -25,3 +29,4 @@ __all__ = [
 ]
 
 envs.warn_about_names()
+_build_notes.tell()

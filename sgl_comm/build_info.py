@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-_PATH = Path(__file__).with_name("_build_info.json")
+from sgl_comm import _copies
+from sgl_comm.errors import SglCommError
+
+RECORD = "_build_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class BuildInfo:
         torch_cuda_version: CUDA version of that torch, None for a torch without CUDA.
         cxx_compiler: first line of the C++ compiler's version, None if it would not tell.
         cuda_built: whether the CUDA library `_C_cuda` was built.
-        cuda_reason: why it was not, None if it was.
+        cuda_reason: why it was not, None if it was; names `SGLCOMM_BUILD_CUDA=0` if that was asked for.
         nvcc_version: version of the nvcc that was found, None if there was none.
         cuda_archs: GPU architectures compiled for (`TORCH_CUDA_ARCH_LIST` notation), None without CUDA.
     """
@@ -46,16 +50,32 @@ def build_info() -> BuildInfo:
     """Reads what the build recorded.
 
     Raises:
-        RuntimeError: the package was not built (a source tree without an editable install), or its record does not
-            fit this version of the Python files.
+        SglCommError: there is no record beside the library, or it does not fit this version of the Python files.
     """
+    places = list(dict.fromkeys(_places()))
+    path = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
+    if path is None:
+        looked_in = " or ".join(map(str, places))
+        raise SglCommError(
+            f"sgl_comm: the record of its build is missing: no {RECORD} in {looked_in}; build it again:"
+            f" {_copies.build_again()}"
+        )
     try:
-        fields = json.loads(_PATH.read_text(encoding="utf-8"))
-        return BuildInfo(**fields)
-    except FileNotFoundError:
-        raise RuntimeError(
-            f"sgl_comm is not built: {_PATH} is missing. Run `pip install .` or `pip install -e .` in the project; "
-            "when it is installed already, leave the project's folder, whose source hides the installed package."
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"sgl_comm: {_PATH} does not fit this version, build the package again: {error}") from error
+        return BuildInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise SglCommError(
+            f"sgl_comm: {path} does not fit this version ({error}); build it again: {_copies.build_again()}"
+        ) from error
+
+
+def _places() -> Iterator[Path]:
+    """Where the record may be: beside the library that Python loads, or beside the file that it is a link to.
+
+    An editable install in setuptools' strict mode links each file of the package, but not the record, into a folder of
+    its own.
+    """
+    library = _copies.library_of(_copies.HERE)
+    if library is not None:
+        yield library.parent
+        yield library.resolve().parent
+    yield _copies.HERE

@@ -87,7 +87,8 @@ CHECK = EnvVar(
 BUILD_CUDA = EnvVar(
     "SGLCOMM_BUILD_CUDA",
     "",
-    "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error.",
+    "At build time: 0 leaves the CUDA library out, 1 makes a missing nvcc an error. At import 1 warns where the build"
+    " has left it out.",
 )
 
 

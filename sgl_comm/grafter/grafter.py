@@ -102,7 +102,9 @@ class Grafter:
         if not self.enabled:
             return
         if torch.compiler.is_compiling():
-            self._intercept_uncompiled(value, tags, extras, layout)
+            from sgl_comm.grafter import uncompiled
+
+            uncompiled.intercept(self, value, tags, extras, layout)
         else:
             self._intercept(value, tags, extras, layout)
 
@@ -162,10 +164,6 @@ class Grafter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @torch.compiler.disable
-    def _intercept_uncompiled(self, *args: Any) -> None:
-        self._intercept(*args)
 
     def _intercept(
         self, value: Tensor, tags: Mapping[str, Any], extras: Extras | None, layout: Layout | str | None

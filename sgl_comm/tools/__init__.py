@@ -1,1 +1,1 @@
-"""Command-line tools; each module adds its command to ``python -m sgl_comm``."""
+"""Command-line tools; ``python -m sgl_comm`` imports the one that is asked for."""

@@ -10,6 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,7 +25,7 @@ import torch.distributed as dist
 import sgl_comm
 from sgl_comm import reference
 from sgl_comm.testing import RankContext, RankPool, wrong_elements
-from sgl_comm.tools import report, timing
+from sgl_comm.tools import command_line, report, timing
 from sgl_comm.tools.contenders import Contender, contenders
 from sgl_comm.tools.environment import environment
 from sgl_comm.tools.report import Figures, Row
@@ -45,11 +48,8 @@ class Options:
     algorithms: tuple[str, ...] = ()
 
 
-def add_parser(commands: Any) -> None:
-    """Adds ``bench`` to the subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench", help="time all-reduce beside gloo, or NCCL and symmetric memory", description=__doc__
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``bench`` is asked."""
     add_common_arguments(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--min-bytes", type=parse_bytes, default="1K", metavar="BYTES")
@@ -80,8 +80,8 @@ def check_common_arguments(args: argparse.Namespace, parser: argparse.ArgumentPa
     """Ends the program where they cannot be."""
     if args.iters < 1:
         parser.error("--iters must be at least 1")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json: no such folder: {args.json.absolute().parent}")
+    if args.json and (why_not := command_line.why_not_written(args.json)):
+        parser.error(f"--json: {why_not}")
     if args.world is not None and args.world < 1:
         parser.error("--world must be at least 1")
     if args.device == "cuda" and torch.cuda.device_count() == 0:
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if table is not None:
         table.finish(rows)
         if args.json:
-            args.json.write_text(json.dumps(report.to_json(setting, rows), indent=1) + "\n")
+            command_line.write(args.json, json.dumps(report.to_json(setting, rows), indent=1) + "\n")
     return int(any(row.wrong for row in rows))
 
 
@@ -155,10 +155,19 @@ def ranks_of(args: argparse.Namespace) -> AbstractContextManager[Ranks]:
 def _own_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     world = args.world or 2
     device = args.device or ("cuda" if world >= 2 and torch.cuda.device_count() >= 2 else "cpu")
+    _start_fork_server()
     with RankPool(world, device) as pool:
         bound = device == "cpu" and args.bind and all(pool.run(bind_to_a_core))
         placing = "bound to a core each" if bound else "not bound"
         yield Ranks(world, device, True, placing, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
+
+
+def _start_fork_server() -> None:
+    """Starts the process that the ranks are forked from, before they are: Ctrl-C in a terminal goes to all of them."""
+    multiprocessing.set_forkserver_preload(["sgl_comm.testing"])
+    multiprocessing.resource_tracker.ensure_running()  # ends by letting Ctrl-C through
+    with command_line.interrupts_held():
+        multiprocessing.forkserver.ensure_running()
 
 
 @contextlib.contextmanager

@@ -43,5 +43,5 @@ def _build() -> str:
     try:
         facts = dataclasses.asdict(sgl_comm.build_info())
     except RuntimeError:
-        return "not recorded (a source tree without an editable install)"
+        return "not recorded"
     return ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)

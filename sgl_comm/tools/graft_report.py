@@ -11,18 +11,15 @@ import functools
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter import plot
 from sgl_comm.grafter.report import DEFAULT_THRESHOLD, Report
+from sgl_comm.tools import command_line
 
 
-def add_parser(commands: Any) -> None:
-    """Adds ``graft-report`` to the subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "graft-report", help="show where two grafted systems begin to differ", description=__doc__
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``graft-report`` is asked."""
     parser.add_argument("folder", metavar="DIR", help="the grafters' report_dir, with the files of both sides")
     parser.add_argument(
         "--threshold", type=_threshold, default=DEFAULT_THRESHOLD, metavar="REL_L2",
@@ -44,7 +41,10 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--plot: {args.plot} does not end in {' or '.join(plot.ENDINGS)}")
     try:
         report = Report.read(args.folder, args.threshold)
-        _print(report.text())
+    except (SglCommError, OSError) as error:
+        return _cannot(error)
+    _print(report.text())
+    try:
         if args.markdown:
             args.markdown.write_text(report.markdown(), encoding="utf-8")
         if args.html:
@@ -52,9 +52,13 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if args.plot:
             report.draw(args.plot)
     except (SglCommError, OSError) as error:
-        print(f"sgl_comm: {error}", file=sys.stderr)
-        return 2
+        return _cannot(error)
     return int(report.failed)
+
+
+def _cannot(error: Exception) -> int:
+    print(f"sgl_comm: {error}", file=sys.stderr)
+    return command_line.CANNOT
 
 
 def _print(text: str) -> None:

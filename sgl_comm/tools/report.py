@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_comm.tools import command_line
 from sgl_comm.tools.timing import Timing
 
 
@@ -88,7 +89,7 @@ def print_setting(setting: Mapping[str, Any]) -> None:
 def write_json(file: Path | None, setting: Mapping[str, Any], rows: object) -> None:
     """A benchmark's figures and what they were measured on, if a file is wanted."""
     if file is not None:
-        file.write_text(json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
+        command_line.write(file, json.dumps({"environment": setting, "rows": rows}, indent=1) + "\n")
 
 
 class Table:

@@ -12,12 +12,7 @@ from typing import Any
 
 import setuptools
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_sdist,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
 from build_tools import native, toolchain, torch_finder, torch_headers
 
@@ -47,9 +42,6 @@ def _check_setuptools() -> None:
         )
 
 
-_check_setuptools()
-
-
 def _native_requirements() -> list[str]:
     """What compiling needs beyond setuptools: ninja where none runs, torch where its headers cannot be had."""
     requirements = []
@@ -72,10 +64,23 @@ def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> l
     return [*build_meta.get_requires_for_build_editable(config_settings), *_native_requirements()]
 
 
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: ConfigSettings = None) -> str:
+    """What a wheel will say of itself."""
+    _check_setuptools()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: ConfigSettings = None) -> str:
+    """What an editable install will say of itself."""
+    _check_setuptools()
+    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
+
+
 def build_wheel(
     wheel_directory: str, config_settings: ConfigSettings = None, metadata_directory: str | None = None
 ) -> str:
     """Builds the wheel against the torch that is installed, or will be."""
+    _check_setuptools()
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
@@ -83,4 +88,5 @@ def build_editable(
     wheel_directory: str, config_settings: ConfigSettings = None, metadata_directory: str | None = None
 ) -> str:
     """Builds the libraries into the source tree, against the torch that is installed, or will be."""
+    _check_setuptools()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

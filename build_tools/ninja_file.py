@@ -17,9 +17,11 @@ from build_tools.settings import Arch
 # Contraction into fused multiply-adds is off for both compilers, and so is whatever else lets them change a sum: CPU
 # and GPU must round alike.
 _CXX_FLAGS = (
-    *("-O3", "-g0", "-Wall", "-Wextra", "-fPIC", "-fno-fast-math", "-ffp-contract=off"),
+    *("-g0", "-Wall", "-Wextra", "-fPIC", "-fno-fast-math", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
 )
+# Host code of the CUDA library launches kernels and adds nothing; there better optimisation costs time for nothing.
+_OPTIMISED, _OPTIMISED_LAUNCHES = "-O3", "-O2"
 _NVCC_FLAGS = (
     *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false"),
     *("-Xcompiler", "-O1,-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-ffp-contract=off"),
@@ -132,8 +134,8 @@ def _edge(rule: str, output: str, inputs: Sequence[str], implicit: Sequence[str]
 
 def _rules(build: Build) -> list[str]:
     systems = [word for folder in build.system_dirs for word in ("-isystem", folder)]
-    flags = [*build.cpp_flags, *_CXX_FLAGS, f"-std={build.standard}", *_DEFINES, "-Icsrc", *systems]
-    files = "-MMD -MF $out.d -c $in -o $out"
+    flags = [*build.cpp_flags, _OPTIMISED, *_CXX_FLAGS, f"-std={build.standard}", *_DEFINES, "-Icsrc", *systems]
+    files = "$more -MMD -MF $out.d -c $in -o $out"
     header = ["-include", build.precompiled] if build.precompile else []
     lines = _rule("cxx", _command([*build.cxx, *flags, *header], files), "C++ $in", depfile=True)
     lines += _rule("precompile", _command([*build.cxx, *flags, "-x", "c++-header"], files), "C++ $in", depfile=True)
@@ -166,6 +168,8 @@ def ninja_file(build: Build) -> str:
             lines.append(_edge("kernels", _object(build, source), [source], [build.kernels_stamp]))
         else:
             lines.append(_edge("cxx", _object(build, source), [source], [build.host_stamp, *made]))
+            if source.startswith("csrc/cuda/"):
+                lines.append(f"  more = {_OPTIMISED_LAUNCHES}")
     for name in TORCH_STUBS:
         lines.append(_edge("stub", f"{build.stubs_folder}/lib{name}.so", [], [build.host_stamp]))
         lines.append(f"  soname = lib{name}.so")

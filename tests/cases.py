@@ -245,7 +245,7 @@ def differs(actual: Tensor, expected: Tensor, label: str, exact: bool = False) -
         flat = (x.clone(memory_format=torch.contiguous_format).view(-1) for x in (actual, expected))
         actual, expected = (x.view(torch.uint8) for x in flat)
         label += ", as bytes"
-    words = {2: torch.int16, 4: torch.int32}.get(actual.element_size())
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(actual.element_size())
     same_kind = actual.dtype == expected.dtype and actual.device == expected.device
     if words is not None and same_kind and torch.equal(actual.view(words), expected.view(words)):
         return  # the same bits: nothing to look into
@@ -304,10 +304,14 @@ def random_values(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: o
 def random_bytes(world: int, shape: Sequence[int], dtype: torch.dtype, *seed: object) -> list[Tensor]:
     """Every rank's values: any bits at all, NaN of every payload among them; for bool, zeros and ones."""
     size = torch.empty(tuple(shape), device="meta").numel() * dtype.itemsize
-    limit = 2 if dtype == torch.bool else 256
     random_bits = generator(world, shape, dtype, *seed)
-    made = [torch.randint(limit, (size,), generator=random_bits, dtype=torch.uint8) for _ in range(world)]
-    return [x.view(dtype).view(tuple(shape)) for x in made]
+
+    def one() -> Tensor:
+        words = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None, generator=random_bits)
+        some = words.view(torch.uint8)[:size]
+        return some & 1 if dtype == torch.bool else some
+
+    return [one().view(dtype).view(tuple(shape)) for _ in range(world)]
 
 
 def layouts_of_ranks(shape: Sequence[int], world: int, in_place: bool = False) -> Iterator[tuple[str, list[Layout]]]:

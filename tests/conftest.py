@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cases import CPU_WORLDS, GPU_WORLDS, Ranks, ranks_on
+
+# What Inductor compiles for a CPU is compiled without vector instructions, in the processes of all tests: to find out
+# which there are takes it half a minute of trial builds, and each kernel takes it twice as long with them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 def _why_no_gpu() -> str:

@@ -10,7 +10,8 @@ the bank that each rank takes for it. Past kinds are told apart only by what the
 the order in which launches took them. A rank is (launch, next op, batches, loose): stores that are not yet visible,
 those of its main thread in batches between fences, and those in no order with them. A store is (cell, value, age): into
 the bank of launch - age. Memory is one byte a place, bank by bank: 0 for EMPTY, else launch and tile; then one byte a
-credit, whose cells are negative numbers.
+credit, whose cells are negative numbers. In the search, launches and ranks are numbers (_Numbered): a state is small
+then, and what a rank may do as far as memory does not decide it is worked out once (_Moves, _Wait).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 from protocol_model import Op, Protocol, Use
 
@@ -40,7 +42,9 @@ _Store = tuple[int, int, int]
 _Batches = tuple[tuple[_Store, ...], ...]
 _Rank = tuple[int, int, _Batches, tuple[_Store, ...]]
 _Launches = tuple[tuple[int, tuple[int, ...]], ...]
-_State = tuple[_Launches, tuple[_Rank, ...], bytes]
+_State = tuple[int, tuple[int, ...], bytes]
+_Apart = tuple[_Launches, tuple[_Rank, ...], bytes]
+"""A state with its launches and ranks in full."""
 
 _PAST = 4
 _TILES = 8
@@ -56,6 +60,60 @@ def _value(launch: int, tile: int) -> int:
 
 class _Violation(Exception):
     pass
+
+
+_T = TypeVar("_T")
+
+
+class _Numbered(Generic[_T]):
+    """Things by number, the same number for the same thing."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[_T, int] = {}
+        self.things: list[_T] = []
+
+    def number(self, thing: _T) -> int:
+        number = self._numbers.setdefault(thing, len(self.things))
+        if number == len(self.things):
+            self.things.append(thing)
+        return number
+
+
+class _Move(NamedTuple):
+    """A store of a rank that may reach memory now: at ``index``, behind EMPTY at ``forced``."""
+
+    step: str
+    forced: tuple[int, ...]
+    index: int
+    written: int
+    onto_place: bool
+    """Whether it is a push, which no full place may be under."""
+    target: int
+    """Whose memory it is; -1 for an EMPTY store, which nobody waits for."""
+    after: int
+    """The rank's number afterwards."""
+
+
+class _Moves(NamedTuple):
+    """What a rank may do next, as far as that can be told without memory."""
+
+    name: str
+    stores: tuple[_Move, ...]
+    running: bool
+    """Whether it has an op left, for which it waits."""
+    may_end: bool
+
+
+class _Wait(NamedTuple):
+    """What a rank waits for: bytes of memory, by index."""
+
+    what: str
+    cells: tuple[tuple[int, int], ...]
+    """Where, and which value."""
+    never: bool
+    """Whether a place is among them that its own thread is about to empty."""
+    too_late: int
+    """The first value that is a later launch's."""
 
 
 class _Search:
@@ -79,26 +137,27 @@ class _Search:
         self.full = [[_left_full(ops) for ops in ranks] for ranks in self.programs]
         self.in_the_past = [self.full.index(full) if any(full) else _NOTHING for full in self.full]
         self.width = width
+        self.launches: _Numbered[_Launches] = _Numbered()
+        self.ranks: _Numbered[_Rank] = _Numbered()
+        self.moves: dict[tuple[int, int, int], _Moves] = {}
+        self.waits: dict[tuple[int, int, int], _Wait | None] = {}
 
     def run(self) -> Verdict:
         came_from: dict[_State, tuple[_State | None, str]] = {}
         waiting: deque[_State] = deque()
-
-        def found(state: _State, before: _State | None, step: str) -> None:
-            if state not in came_from:
-                came_from[state] = before, step
-                waiting.append(state)
-
         state: _State | None = None
         try:
             for state in self._starts():
-                found(state, None, "")
+                came_from.setdefault(state, (None, ""))
+            waiting.extend(came_from)
             while waiting:
                 state = waiting.popleft()
                 count = 0
                 for step, after in self._steps(state):
-                    found(after, state, step)
                     count += 1
+                    way = state, step
+                    if came_from.setdefault(after, way) is way:
+                        waiting.append(after)
                 if count == 0:
                     self._check_end(state)
         except _Violation as violation:
@@ -116,59 +175,90 @@ class _Search:
         for kind in range(len(self.protocol.kinds)):
             launches, _ = self._renamed((*past, (kind, (banks.first,) * world)), memory)
             ranks = (self._started(launches, r, 0, (), memory) for r in range(world))
-            yield launches, tuple(ranks), memory
+            yield self._together((launches, tuple(ranks), memory))
+
+    def _together(self, state: _Apart) -> _State:
+        launches, ranks, memory = state
+        return self.launches.number(launches), tuple(self.ranks.number(rank) for rank in ranks), memory
+
+    def _apart(self, state: _State) -> _Apart:
+        launches, ranks, memory = state
+        return self.launches.things[launches], tuple(self.ranks.things[rank] for rank in ranks), memory
 
     def _steps(self, state: _State) -> Iterator[tuple[str, _State]]:
         launches, ranks, memory = state
-        for r, (launch, at, batches, loose) in enumerate(ranks):
-            kind, _ = launches[self.past + launch]
-            name = f"rank {r}, {'stopped' if kind == _STOP else self.protocol.kinds[kind].name}: "
-            for store in loose:
-                if store[1] or not self.reduced:
-                    left = tuple(s for s in loose if s is not store)
-                    yield self._visible(state, r, store, (), (launch, at, batches, left), name)
-            for number, batch in enumerate(batches):
-                for store in batch:
-                    if store[1] or not self.reduced:
-                        left = tuple(s for s in batch if s is not store)
-                        after = (launch, at, ((left,) if left else ()) + batches[number + 1 :], loose)
-                        forced = tuple(s for earlier in batches[:number] for s in earlier)
-                        yield self._visible(state, r, store, forced, after, name)
-                if not self.reduced or any(value for _, value, _ in batch):
-                    break
-            if kind == _STOP:
-                continue
-            program = self.programs[kind][r]
-            if at < len(program):
-                if not self.reduced and self._may_go_on(launches, r, launch, batches, program[at], memory):
-                    rank = self._advanced(launches, r, (launch, at + 1, batches, loose), memory)
-                    yield f"{name}reads", self._with(state, r, rank, memory)
-            elif self._may_end(batches, loose):
-                yield from self._ended(state, r, name)
+        for r, rank in enumerate(ranks):
+            key = launches, r, rank
+            moves = self.moves.get(key)
+            if moves is None:
+                moves = self.moves[key] = self._moves(*key)
+            for step, forced, index, written, onto_place, target, after in moves.stores:
+                # The store, behind those that a fence forces before it, reaches memory.
+                cells = bytearray(memory)
+                for each in forced:
+                    cells[each] = 0
+                if onto_place and cells[index]:
+                    raise _Violation(f"{moves.name}a push lands on a full place of rank {target}")
+                cells[index] = written
+                new_memory, new = bytes(cells), [*ranks]
+                new[r] = after
+                if target >= 0 and self._may_go_on(launches, target, new[target], new_memory) and self.reduced:
+                    new[target] = self._gone_on(launches, target, new[target], new_memory)
+                yield step, (launches, tuple(new), new_memory)
+            if moves.running:
+                if not self.reduced and self._may_go_on(launches, r, rank, memory):
+                    launch, at, batches, loose = self.ranks.things[rank]
+                    gone_on = self._advanced(
+                        self.launches.things[launches], r, (launch, at + 1, batches, loose), memory
+                    )
+                    new = [*ranks]
+                    new[r] = self.ranks.number(gone_on)
+                    yield f"{moves.name}reads", (launches, tuple(new), memory)
+            elif moves.may_end:
+                for step, after in self._ended(self._apart(state), r, moves.name):
+                    yield step, self._together(after)
 
-    def _visible(
-        self, state: _State, r: int, store: _Store, forced: tuple[_Store, ...], after: _Rank, name: str
-    ) -> tuple[str, _State]:
-        """One store, behind those that a fence forces before it, reaches memory."""
-        launches, _, memory = state
-        cells = bytearray(memory)
-        for cell, _, age in forced:
-            cells[self._index(launches, r, after[0] - age, cell)] = 0
-        cell, value, age = store
-        index = self._index(launches, r, after[0] - age, cell)
-        target = cell // self.width if cell >= 0 else (-1 - cell) // self.protocol.world
-        if value and cell >= 0 and cells[index]:
-            raise _Violation(f"{name}a push lands on a full place of rank {target}")
-        cells[index] = _value(after[0] - age, value - 1) if value else 0
-        memory = bytes(cells)
-        new = self._with(state, r, after, memory)
-        if value:
-            new = self._with(new, target, self._advanced(launches, target, new[1][target], memory), memory)
-        what = f"push of tile {value - 1}" if cell >= 0 else f"credit {value - 1}"
-        step = f"{name}{what} reaches rank {target}" if value else f"{name}empties a place"
-        return step, new
+    def _moves(self, launches_number: int, r: int, rank_number: int) -> _Moves:
+        launches = self.launches.things[launches_number]
+        launch, at, batches, loose = self.ranks.things[rank_number]
+        kind, _ = launches[self.past + launch]
+        name = f"rank {r}, {'stopped' if kind == _STOP else self.protocol.kinds[kind].name}: "
+        stores = []
 
-    def _ended(self, state: _State, r: int, name: str) -> Iterator[tuple[str, _State]]:
+        def store(which: _Store, forced: tuple[_Store, ...], after: _Rank) -> None:
+            cell, value, age = which
+            target = cell // self.width if cell >= 0 else (-1 - cell) // self.protocol.world
+            what = f"push of tile {value - 1}" if cell >= 0 else f"credit {value - 1}"
+            move = _Move(
+                f"{name}{what} reaches rank {target}" if value else f"{name}empties a place",
+                tuple(self._index(launches, r, launch - earlier, each) for each, _, earlier in forced),
+                self._index(launches, r, launch - age, cell),
+                _value(launch - age, value - 1) if value else 0,
+                bool(value) and cell >= 0,
+                target if value else -1,
+                self.ranks.number(after),
+            )
+            stores.append(move)
+
+        for each in loose:
+            if each[1] or not self.reduced:
+                store(each, (), (launch, at, batches, tuple(s for s in loose if s is not each)))
+        for number, batch in enumerate(batches):
+            for each in batch:
+                if each[1] or not self.reduced:
+                    left = tuple(s for s in batch if s is not each)
+                    after = (launch, at, ((left,) if left else ()) + batches[number + 1 :], loose)
+                    store(each, tuple(s for earlier in batches[:number] for s in earlier), after)
+            if not self.reduced or any(value for _, value, _ in batch):
+                break
+        running = kind != _STOP and at < len(self.programs[kind][r])
+        return _Moves(name, tuple(stores), running, kind != _STOP and not running and self._may_end(batches, loose))
+
+    def _gone_on(self, launches: int, r: int, rank: int, memory: bytes) -> int:
+        gone_on = self._advanced(self.launches.things[launches], r, self.ranks.things[rank], memory)
+        return self.ranks.number(gone_on)
+
+    def _ended(self, state: _Apart, r: int, name: str) -> Iterator[tuple[str, _Apart]]:
         """Rank r's launch ends; the next one starts, of each kind if no rank has started it before."""
         launches, ranks, memory = state
         launch, _, batches, loose = ranks[r]
@@ -209,7 +299,8 @@ class _Search:
         while at < len(program):
             what, stores = program[at]
             if what in ("poll", "await"):
-                if not self._may_go_on(launches, r, launch, batches, program[at], memory) or not self.reduced:
+                wait = self._wait(launches, r, launch, batches, program[at])
+                if not self._is_over(wait, r, memory) or not self.reduced:
                     break
             elif what == "send":
                 loose += stores
@@ -220,32 +311,48 @@ class _Search:
             at += 1
         return launch, at, batches, loose
 
-    def _may_go_on(
-        self,
-        launches: _Launches,
-        r: int,
-        launch: int,
-        batches: _Batches,
-        op: tuple[str, tuple[_Store, ...]],
-        memory: bytes,
-    ) -> bool:
-        if op[0] == "poll":
-            return self._may_read(launches, r, launch, batches, op[1], memory)
-        found = [(memory[self._index(launches, r, launch, word)], n) for word, n, _ in op[1]]
-        if any(value >= _value(launch + 1, 0) for value, _ in found):
-            raise _Violation(f"rank {r} finds a credit of a later launch, which the kernels do not take")
-        return all(value >= _value(launch, n - 1) for value, n in found)
+    def _may_go_on(self, launches: int, r: int, rank: int, memory: bytes) -> bool:
+        """Whether rank r waits for something, and has got it."""
+        key = launches, r, rank
+        if key not in self.waits:
+            launch, at, batches, _ = self.ranks.things[rank]
+            kind, _ = self.launches.things[launches][self.past + launch]
+            program = [] if kind == _STOP else self.programs[kind][r]
+            wait = None
+            if at < len(program):
+                wait = self._wait(self.launches.things[launches], r, launch, batches, program[at])
+            self.waits[key] = wait
+        wait = self.waits[key]
+        return wait is not None and self._is_over(wait, r, memory)
 
-    def _may_read(
-        self, launches: _Launches, r: int, launch: int, batches: _Batches, cells: tuple[_Store, ...], memory: bytes
-    ) -> bool:
-        every = True
-        for cell, expected, _ in cells:
-            got = memory[self._index(launches, r, launch, cell)]
-            if not got or any(cell == s[0] and not s[1] for batch in batches for s in batch):
-                every = False
-            elif got != _value(launch, expected - 1):
-                raise _Violation(f"rank {cell // self.width} reads a datum of another launch or tile")
+    def _wait(
+        self, launches: _Launches, r: int, launch: int, batches: _Batches, op: tuple[str, tuple[_Store, ...]]
+    ) -> _Wait:
+        what, stores = op
+        emptied = {cell for batch in batches for cell, value, _ in batch if not value} if what == "poll" else set()
+        cells = tuple(
+            (self._index(launches, r, launch, cell), _value(launch, number - 1))
+            for cell, number, _ in stores
+            if cell not in emptied
+        )
+        return _Wait(what, cells, len(cells) < len(stores), _value(launch + 1, 0))
+
+    def _is_over(self, wait: _Wait, r: int, memory: bytes) -> bool:
+        """Whether all that rank r waits for is there."""
+        what, cells, never, too_late = wait
+        every = not never
+        if what == "poll":
+            for index, expected in cells:
+                got = memory[index]
+                if not got:
+                    every = False
+                elif got != expected:
+                    raise _Violation(f"rank {r} reads a datum of another launch or tile")
+            return every
+        for index, expected in cells:
+            if memory[index] >= too_late:
+                raise _Violation(f"rank {r} finds a credit of a later launch, which the kernels do not take")
+            every = every and memory[index] >= expected
         return every
 
     def _may_end(self, batches: _Batches, loose: tuple[_Store, ...]) -> bool:
@@ -257,7 +364,7 @@ class _Search:
 
     def _check_end(self, state: _State) -> None:
         """A state without a next step: the ranks have stopped, and their memory is as the last launch leaves it."""
-        launches, ranks, memory = state
+        launches, ranks, memory = self._apart(state)
         stuck = [r for r, rank in enumerate(ranks) if launches[self.past + rank[0]][0] != _STOP]
         if stuck:
             raise _Violation(f"deadlock: ranks {stuck} wait")
@@ -284,11 +391,7 @@ class _Search:
             return self.size - 1 - cell
         return launches[self.past + launch][1][r] * self.stride + cell
 
-    def _with(self, state: _State, r: int, rank: _Rank, memory: bytes) -> _State:
-        launches, ranks, _ = state
-        return launches, (*ranks[:r], rank, *ranks[r + 1 :]), memory
-
-    def _rebased(self, state: _State) -> _State:
+    def _rebased(self, state: _Apart) -> _Apart:
         """The state with launches counted from the slowest rank's."""
         launches, ranks, memory = state
         if min(rank[0] for rank in ranks) == 0:

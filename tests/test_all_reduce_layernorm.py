@@ -64,11 +64,11 @@ class Case:
     def __str__(self) -> str:
         return name_of(self.norm.name, self.dtype, [self.tokens, self.hidden], "fp32 weights" * self.wide_weights)
 
-    def inputs(self, world: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
-        """Every rank's hidden states; the residual, the weight and the bias, the same on all ranks."""
-        random_bits = generator("layernorm", str(self))
+    def inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A rank's hidden states; the residual, the weight and the bias, the same on all ranks."""
         shape = (self.tokens, self.hidden)
-        states = [torch.randn(shape, generator=random_bits).to(self.dtype) for _ in range(world)]
+        states = torch.randn(shape, generator=generator("layernorm", str(self), "of rank", rank)).to(self.dtype)
+        random_bits = generator("layernorm", str(self))
         residual = (3 * torch.randn(shape, generator=random_bits)).to(self.dtype)
         weight, bias = (torch.randn(self.hidden, generator=random_bits) for _ in range(2))
         dtype = torch.float32 if self.wide_weights else self.dtype
@@ -119,8 +119,8 @@ def results_of_cases(ctx: RankContext, cross: str) -> tuple[list[str], list[int]
     wrong, sums = [], []
     group = ctx.group.group_name
     for number, case in enumerate(CROSSES[cross]()):
-        states, residual, weight, bias = case.inputs(ctx.world)
-        mine = states[ctx.rank].to(ctx.device)
+        states, residual, weight, bias = case.inputs(ctx.rank)
+        mine = states.to(ctx.device)
         others = [x if x is None else x.to(ctx.device) for x in (residual, weight, bias)]
         got = [x.cpu() for x in case.call(mine, *others, group)]
         total = torch.ops.sgl_comm.all_reduce(mine, group).cpu()
@@ -177,8 +177,8 @@ def distances(ctx: RankContext, dtype: torch.dtype) -> list[tuple[str, float, fl
     found = []
     for norm, hidden in itertools.product(NORMS, (576, 4096)):
         case = Case(64, hidden, dtype, norm)
-        states, residual, weight, bias = case.inputs(ctx.world)
-        normed, new_residual = case.call(states[ctx.rank], residual, weight, bias, ctx.group.group_name)
+        states, residual, weight, bias = case.inputs(ctx.rank)
+        normed, new_residual = case.call(states, residual, weight, bias, ctx.group.group_name)
         exact, largest = in_float64(case, new_residual, weight, bias)
         distance = (normed.double() - exact).abs()
         ulp, row_ulp = spacing(exact, dtype), spacing(largest, dtype)
@@ -205,8 +205,8 @@ def alone_and_in_a_batch(ctx: RankContext) -> list[str]:
     wrong = []
     for dtype, norm in itertools.product(DTYPES, NORMS):
         case = Case(9, 1536, dtype, norm)
-        states, *others = case.inputs(ctx.world)
-        mine, group = states[ctx.rank].to(ctx.device), ctx.group.group_name
+        states, *others = case.inputs(ctx.rank)
+        mine, group = states.to(ctx.device), ctx.group.group_name
         residual, weight, bias = (x if x is None else x.to(ctx.device) for x in others)
         batch = case.call(mine, residual, weight, bias, group)
         for first, last in ((0, 1), (4, 5), (8, 9), (2, 7)):
@@ -264,8 +264,7 @@ def nodes_of_graphs(ctx: RankContext) -> list[str]:
         if hidden > 4096 and not hopper:
             expected = unfused
         case = Case(tokens, hidden, torch.bfloat16, NORMS[0])
-        states, *others = case.inputs(ctx.world)
-        mine, *others = (x if x is None else x.to(ctx.device) for x in (states[ctx.rank], *others))
+        mine, *others = (x if x is None else x.to(ctx.device) for x in case.inputs(ctx.rank))
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with capturing(graph):
             case.call(mine, *others, ctx.group.group_name)

@@ -434,8 +434,7 @@ def cuda_graphs(ctx: RankContext, folder: str) -> list[str]:
     return [*wrong, f"CUDA graphs were skipped {skips} times"] if skips else wrong
 
 
-POOL_ENV = {"SGLCOMM_TIMEOUT": "20", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
-"""The second spares the trial builds by which Inductor finds the vector instructions of a CPU."""
+POOL_ENV = {"SGLCOMM_TIMEOUT": "20"}
 
 
 @pytest.fixture(scope="module")

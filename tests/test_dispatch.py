@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +15,7 @@ from cases import error_text
 import sgl_comm
 from sgl_comm import SglCommError, _library, capability, dispatch, thresholds, transfer_check
 from sgl_comm.capability import Link, Survey
+from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
 from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
 from sgl_comm.rendezvous import Rendezvous
 from sgl_comm.shm_all_reduce import ShmAllReduce
@@ -27,36 +26,31 @@ KIB, MIB = 1 << 10, 1 << 20
 
 # --- thresholds
 
-ENTRANCES = {
-    "the constructor of V1": "sgl_comm.communicator.CustomAllReduceV1(None, 0).close()",
-    "the constructor of V2": "sgl_comm.communicator.CustomAllReduceV2(None, 0).close()",
-    "supported_world_sizes": "thresholds.supported_world_sizes()",
-    "thresholds_for": "thresholds.thresholds_for(2, (9, 0))",
-    "why_not_world_size": "capability.why_not_world_size(2)",
-    "survey": "capability.survey(Rendezvous.of(None), torch.device('cpu'))",
-    "can_use_custom_all_reduce_v2": "sgl_comm.can_use_custom_all_reduce_v2(None, 'cpu')",
-    "dispatch_custom_allreduce": "sgl_comm.dispatch_custom_allreduce(None, 'cpu')",
-    "ShmAllReduce": "sgl_comm.shm_all_reduce.ShmAllReduce(None).close()",
+ENTRANCES: dict[str, Callable[[], object]] = {
+    "the constructor of V1": lambda: CustomAllReduceV1(None, 0).close(),
+    "the constructor of V2": lambda: CustomAllReduceV2(None, 0).close(),
+    "supported_world_sizes": thresholds.supported_world_sizes,
+    "thresholds_for": lambda: thresholds.thresholds_for(2, (9, 0)),
+    "why_not_world_size": lambda: capability.why_not_world_size(2),
+    "survey": lambda: capability.survey(Rendezvous.of(None), torch.device("cpu")),
+    "can_use_custom_all_reduce_v2": lambda: sgl_comm.can_use_custom_all_reduce_v2(None, "cpu"),
+    "dispatch_custom_allreduce": lambda: sgl_comm.dispatch_custom_allreduce(None, "cpu"),
+    "ShmAllReduce": lambda: ShmAllReduce(None).close(),
 }
-ALONE = """
-import torch, torch.distributed as dist
-import sgl_comm
-from sgl_comm import capability, thresholds
-from sgl_comm.rendezvous import Rendezvous
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-assert not thresholds._config
-{entrance}
-assert len(thresholds._config) == 2
-assert tuple(sorted(thresholds._config[9])) == thresholds.supported_world_sizes() == tuple(range(2, 9))
-dist.destroy_process_group()
-"""
+
+
+def fills_the_table(ctx: RankContext, entrance: str) -> None:
+    assert not thresholds._config
+    ENTRANCES[entrance]()
+    assert len(thresholds._config) == 2
+    assert tuple(sorted(thresholds._config[9])) == thresholds.supported_world_sizes() == tuple(range(2, 9))
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_each_entrance_alone_fills_the_table(entrance: str) -> None:
-    script = ALONE.format(entrance=ENTRANCES[entrance])
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+    """In a process that has done nothing but import the package and join its default group."""
+    with RankPool(1, make_comm=False) as pool:
+        pool.run(fills_the_table, entrance)
 
 
 @pytest.mark.parametrize(

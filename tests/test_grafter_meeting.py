@@ -14,7 +14,7 @@ from sgl_comm.grafter import GrafterConfig
 from sgl_comm.grafter.faults import Deadline, TransportFault
 from sgl_comm.grafter.meeting import Meeting, meet
 
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 def config(role: str, port: int, **fields: Any) -> GrafterConfig:

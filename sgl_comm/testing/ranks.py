@@ -294,9 +294,10 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # The test runner, where it is the main module, would otherwise be imported again by every worker.
-    runner = [name for name in ("pytest",) if name in sys.modules]
-    context.set_forkserver_preload(["torch", "torch.distributed", "sgl_comm", "sgl_comm.testing", *runner])
+    # What takes long to import and this process has imported (the test runner, where it is the main module, or the
+    # compiler) would otherwise be imported again by every worker.
+    slow = [name for name in ("pytest", "torch._dynamo") if name in sys.modules]
+    context.set_forkserver_preload(["torch", "torch.distributed", "sgl_comm", "sgl_comm.testing", *slow])
     return context
 
 

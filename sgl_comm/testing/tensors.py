@@ -12,6 +12,11 @@ _CANARY = 0xA5
 _GUARD_BYTES = 64
 
 
+def _canary_word(width: int) -> int:
+    """As many canaries as fit into an integer of ``width`` bytes, of the dtype in ``_INTS``."""
+    return int.from_bytes(bytes([_CANARY] * width), "little", signed=width > 1)
+
+
 def _bits(x: torch.Tensor) -> torch.Tensor:
     """Row-major integers with the bits of ``x`` (complex: two for each element)."""
     x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -49,9 +54,9 @@ def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor, label: str =
         wrong = wrong_elements(actual, expected)
     except ValueError as error:
         raise AssertionError(f"{label}: {error}" if label else str(error)) from None
-    count = int(wrong.sum())
-    if count == 0:
+    if not bool(wrong.any()):
         return
+    count = int(wrong.sum())
     index = tuple(wrong.nonzero()[0].tolist())
     values = [torch.view_as_real(x) if x.is_complex() else x for x in (actual, expected)]
     got, want = (f"{value[index].item()!r} (bits {_hex(value[index])})" for value in values)
@@ -96,12 +101,21 @@ class Placed:
     tensor: torch.Tensor
     values: torch.Tensor
     buffer: torch.Tensor
-    canary: torch.Tensor
 
     def overwritten(self) -> list[int]:
         """Byte offsets of canaries that changed, relative to the tensor's first element; at most 16."""
-        changed = (self.canary & (self.buffer != _CANARY)).nonzero().flatten()
-        origin = self.tensor.data_ptr() - self.buffer.data_ptr()
+        size = self.tensor.element_size()
+        origin = self.tensor.storage_offset() * size
+        around = self.buffer.clone()
+        # The tensor's own elements become canaries too, by words of up to 8 bytes, and then everything is one.
+        width = min(size, 8)
+        words = around.view(_INTS[width])
+        shape = (*self.tensor.shape, size // width)
+        strides = (*(stride * (size // width) for stride in self.tensor.stride()), 1)
+        words.as_strided(shape, strides, origin // width).fill_(_canary_word(width))
+        if bool((around.view(torch.int64) == _canary_word(8)).all()):
+            return []
+        changed = (around != _CANARY).nonzero().flatten()
         return [int(offset) - origin for offset in changed[:16]]
 
     def assert_canaries(self) -> None:
@@ -141,9 +155,7 @@ class Layout:
             tensor[:1].copy_(values[:1])
         else:
             tensor.copy_(values)
-        canary = torch.ones(buffer.numel() // size, dtype=torch.bool, device=values.device)
-        self._view(canary, _GUARD_BYTES // size).fill_(False)
-        return Placed(tensor, values, buffer, canary.repeat_interleave(size))
+        return Placed(tensor, values, buffer)
 
     def _view(self, flat: torch.Tensor, guard: int) -> torch.Tensor:
         return flat.as_strided(self.shape, self.strides, guard + self.offset)

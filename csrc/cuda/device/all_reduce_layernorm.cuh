@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMaxThreads, row_blocks(RowPacks<T, kGroups>::
             own[n] = ptx::load_input(static_cast<const uint4*>(m.normed) + i);
           }
           const uint4 terms[2] = {own[n], residual[n]};
-          static_cast<uint4*>(m.new_residual)[i] = own[n] = sum_in_order<T>(terms, 2);
+          static_cast<uint4*>(m.new_residual)[i] = own[n] = sum_in_order<T>(terms, [](int) { return true; });
         });
         float v[kGroups][kGroup]{};
         packs.each(row, [&](int n, int) { packs.widen(own[n], n, v); });

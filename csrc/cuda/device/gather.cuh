@@ -54,7 +54,7 @@ __device__ __forceinline__ Trouble receive_row(const Message& m, const Warp& war
   trouble = await_peers<kWorld>(m.view.group, row + warp.marks, stride, marks);
 #pragma unroll
   for (int p = 0; p < kWorld - 1; ++p) {
-    if (trouble != kFine || p >= world_of<kWorld>(m.view.group) - 1) continue;
+    if (trouble != kFine) continue;
     const Part<T> shard = shard_of<T>(m, m.out, sender_at(p, m.view.group.rank));
     store_to<T, kWhole>(shard, index, with_marked_sentinels(packs[p], marks[p]));
   }

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
     if (mine) {
       arrived = poll_peers<kWorld>(group, places, stride, received);
       if (arrived && !m.defer) empty_places<kWorld>(group, places, stride);
-      *out = sum_in_order<T>(received, world - 1, own, rank);
+      *out = sum_of_peers<T, kWorld>(group, received, own, rank);
     }
     if (arrived && leave(entry)) return;
   }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
     trouble = await_missing<kWorld>(group, places, stride, received);
     if (trouble == kFine) {
       if (!m.defer) empty_places<kWorld>(group, places, stride);
-      *out = sum_in_order<T>(received, world - 1, own, rank);
+      *out = sum_of_peers<T, kWorld>(group, received, own, rank);
       if (leave(entry)) return;
       trouble = kOverlap;
     }
@@ -153,8 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
       if (i >= m.num_packs || trouble != kFine) continue;
       trouble = await_fetched<kWorld>(group, places(u), ring.stride(), received[u]);
       empty_places<kWorld>(group, places(u), ring.stride());
-      store_existing<T, kWhole>(m.out, m.count, i,
-                                sum_in_order<T>(received[u], world_of<kWorld>(group) - 1, own[u], group.rank));
+      store_existing<T, kWhole>(m.out, m.count, i, sum_of_peers<T, kWorld>(group, received[u], own[u], group.rank));
     }
     if (credits.give_credit(k - 1, trouble)) break;
   }

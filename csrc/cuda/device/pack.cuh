@@ -96,21 +96,21 @@ __device__ __forceinline__ void accumulate(float (&total)[T::kLanes], uint4 pack
   for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
 }
 
-// The first `num` packs, one of every rank, added in fp32 in the order of ranks and rounded once.
-template <typename T, int kWorld>
-__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld], int num) {
+// Of each rank that there is (exists(r)) its pack, added in fp32 in the order of ranks and rounded once.
+template <typename T, int kWorld, typename Exists>
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld], Exists&& exists) {
   float total[T::kLanes];
   T::unpack(packs[0], total);
 #pragma unroll
   for (int r = 1; r < kWorld; ++r) {
-    if (r < num) accumulate<T>(total, packs[r]);
+    if (exists(r)) accumulate<T>(total, packs[r]);
   }
   return T::pack(total);
 }
 
-// The same where the first `num` of `others` are the packs of all ranks but `rank`, whose own pack is `own`.
-template <typename T, int kOthers>
-__device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], int num, uint4 own, int rank) {
+// The same where `others` are the packs of all ranks but `rank`, whose own pack is `own`.
+template <typename T, int kOthers, typename Exists>
+__device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], uint4 own, int rank, Exists&& exists) {
   float total[T::kLanes];
   if constexpr (kOthers == 1) {  // either order gives the same
     T::unpack(own, total);
@@ -121,7 +121,7 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], in
 #pragma unroll
     for (int r = 0; r < kOthers; ++r) {
       if (r == rank) accumulate<T>(total, own);
-      if (r < num) accumulate<T>(total, others[r]);
+      if (exists(r)) accumulate<T>(total, others[r]);
     }
     if (rank == kOthers) accumulate<T>(total, own);
   }

@@ -15,6 +15,18 @@ __device__ __forceinline__ uint4 load_relaxed_sys(const void* p) {
   return v;
 }
 
+// The same if `wanted`, else zeros; without a branch, so that several such loads are under way at once.
+__device__ __forceinline__ uint4 load_relaxed_sys_if(const void* p, bool wanted) {
+  uint4 v{};
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;"
+      " @wanted ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+  return v;
+}
+
 // 16 bytes into a peer's memory. Each 32-bit word arrives whole; the four need not arrive at once.
 __device__ __forceinline__ void store_relaxed_sys(void* p, uint4 v) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

@@ -46,7 +46,7 @@ __device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const Start
 #pragma unroll
   for (int r = 0; r < kWorld; ++r) {
     inputs[r] = nullptr;
-    if (r >= world_of<kWorld>(m.view.group)) continue;
+    if (!has_rank<kWorld>(m.view.group, r)) continue;
     inputs[r] = m.entry != nullptr ? m.entry->input[r] : m.view.group.workspace[r] + m.view.staging;
     all &= inputs[r] != nullptr;
   }
@@ -64,14 +64,13 @@ __device__ __forceinline__ uint4* staging_of(const PullMessage& m) {
 template <typename T, int kWorld>
 __device__ __forceinline__ uint4 pull_and_sum(const PullMessage& m, const void* const (&inputs)[kWorld], int64_t index,
                                               uint4 own) {
-  const int world = world_of<kWorld>(m.view.group);
   uint4 packs[kWorld];
 #pragma unroll
   for (int r = 0; r < kWorld; ++r) {
-    if (r >= world) continue;
+    if (!has_rank<kWorld>(m.view.group, r)) continue;
     packs[r] = r == m.view.group.rank ? own : ptx::load_relaxed_sys(static_cast<const uint4*>(inputs[r]) + index);
   }
-  return sum_in_order<T>(packs, world);
+  return sum_in_order<T>(packs, [&](int r) { return has_rank<kWorld>(m.view.group, r); });
 }
 
 // NaN in the pack `index` of `num_shards` shards, for each that this thread owns.
@@ -147,12 +146,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
     uint4 packs[kWorld];
 #pragma unroll
     for (int r = 0; r < kWorld; ++r) {
-      if (r < world_of<kWorld>(group)) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
+      if (has_rank<kWorld>(group, r)) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
     }
 #pragma unroll
-    for (int r = 0; r < kWorld; ++r) {
-      if (r < world_of<kWorld>(group)) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
-    }
+    for (int r = 0; r < kWorld; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
   }
   if (trouble != kFine) give_up_pull<T, kWhole>(m, world_of<kWorld>(group), place);
   if (!leave(entry)) fail_group(group, world_of<kWorld>(group), kOverlap, kCustomAllReduceV1, start.epoch());

@@ -35,6 +35,17 @@ __device__ __forceinline__ int world_of(const GroupView& group) {
   }
 }
 
+// Whether there is a rank of this number, and a peer at this place of any rank. Neither is asked of the fewest there
+// are.
+template <int kWorld>
+__device__ __forceinline__ bool has_rank(const GroupView& group, int rank) {
+  return kWorld != kSharedWorld || rank < kFewestShared || group.workspace[rank] != nullptr;
+}
+template <int kWorld>
+__device__ __forceinline__ bool has_peer(const GroupView& group, int place) {
+  return has_rank<kWorld>(group, place + 1);
+}
+
 // How far bank `bank` is from the first one, and where that begins in rank `rank`'s workspace.
 __device__ __forceinline__ uint64_t bank_offset(const PushView& view, uint32_t bank) {
   return uint64_t{bank} * view.bank_bytes;
@@ -86,7 +97,7 @@ class Peers {
     for (int p = 0; p < kWorld - 1; ++p) {
       if constexpr (kWorld == kSharedWorld) {
         parts_[p] = nullptr;
-        if (p >= world_of<kWorld>(view.group) - 1) continue;
+        if (!has_peer<kWorld>(view.group, p)) continue;
       }
       const int peer = sender_at(p, rank);
       parts_[p] = banks_of(view, peer) + place_of_sender(rank, peer) * stride;
@@ -99,7 +110,7 @@ class Peers {
 #pragma unroll
     for (int p = 0; p < kWorld - 1; ++p) {
       if constexpr (kWorld == kSharedWorld) {
-        if (parts_[p] == nullptr) continue;
+        if (p >= kFewestShared - 1 && parts_[p] == nullptr) continue;
       }
       ptx::store_relaxed_sys(parts_[p] + offset, pack);
     }
@@ -147,9 +158,14 @@ __device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t st
 template <int kWorld>
 __device__ __forceinline__ void fetch_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
                                             uint4 (&packs)[kWorld - 1]) {
-  const int num = world_of<kWorld>(group) - 1;
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) packs[p] = p < num ? ptx::load_relaxed_sys(places + p * stride) : uint4{};
+  for (int p = 0; p < kWorld - 1; ++p) {
+    if constexpr (kWorld == kSharedWorld) {
+      packs[p] = ptx::load_relaxed_sys_if(places + p * stride, has_peer<kWorld>(group, p));
+    } else {
+      packs[p] = ptx::load_relaxed_sys(places + p * stride);
+    }
+  }
 }
 
 // Polls with two loads under way, `pack` and `other`; false if it has not seen the pack after the quick polls. What is
@@ -226,11 +242,17 @@ __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uin
 // Empties places that this very thread has polled.
 template <int kWorld>
 __device__ __forceinline__ void empty_places(const GroupView& group, uint8_t* places, uint32_t stride) {
-  const int num = world_of<kWorld>(group) - 1;
 #pragma unroll
   for (int p = 0; p < kWorld - 1; ++p) {
-    if (p < num) *reinterpret_cast<uint4*>(places + p * stride) = sentinel_pack();
+    if (has_peer<kWorld>(group, p)) *reinterpret_cast<uint4*>(places + p * stride) = sentinel_pack();
   }
+}
+
+// The packs of all peers and this rank's own, summed in rank order.
+template <typename T, int kWorld>
+__device__ __forceinline__ uint4 sum_of_peers(const GroupView& group, const uint4 (&received)[kWorld - 1], uint4 own,
+                                              int rank) {
+  return sum_in_order<T>(received, own, rank, [&](int place) { return has_peer<kWorld>(group, place); });
 }
 
 // Receives every peer's pack (see await_peers) and sums them with this rank's own, in rank order.
@@ -239,7 +261,7 @@ __device__ __forceinline__ Trouble receive_and_sum(const GroupView& group, const
                                                    uint4 own, uint4& sum) {
   uint4 received[kWorld - 1];
   const Trouble trouble = await_peers<kWorld>(group, places, stride, received);
-  sum = sum_in_order<T>(received, world_of<kWorld>(group) - 1, own, group.rank);
+  sum = sum_of_peers<T, kWorld>(group, received, own, group.rank);
   return trouble;
 }
 

@@ -142,9 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     uint4 packs[kWorld];
     if (now < m.num_packs) {
 #pragma unroll
-      for (int o = 0; o < kWorld; ++o) {
-        if (o < world) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
-      }
+      for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
     }
     if (trouble == kFine) trouble = credits.await_credit(k);
     if (now < m.num_packs && trouble == kFine) {
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
       for (int o = 0; o < kWorld; ++o) {
         if (o == rank) {
           pushed = packs[o];
-        } else if (o < world) {
+        } else if (has_rank<kWorld>(group, o)) {
           const uint64_t offset = bank + place_of_sender(rank, o) * stride + ring.offset(k, 0);
           ptx::store_relaxed_sys(banks_of(m.view, o) + offset, without_sentinel(packs[o]));
         }
@@ -170,8 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
       empty_places<kWorld>(group, places, stride);
 #pragma unroll
       for (int p = 0; p < kWorld - 1; ++p) {
-        if (trouble != kFine || p >= world - 1) continue;
-        store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
+        if (trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
       }
     }
     if (k >= kLag && credits.give_credit(k - kLag, trouble)) break;

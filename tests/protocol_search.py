@@ -141,6 +141,7 @@ class _Search:
         self.ranks: _Numbered[_Rank] = _Numbered()
         self.moves: dict[tuple[int, int, int], _Moves] = {}
         self.waits: dict[tuple[int, int, int], _Wait | None] = {}
+        self.passed: dict[tuple[int, int, int], int] = {}
 
     def run(self) -> Verdict:
         came_from: dict[_State, tuple[_State | None, str]] = {}
@@ -202,17 +203,13 @@ class _Search:
                 cells[index] = written
                 new_memory, new = bytes(cells), [*ranks]
                 new[r] = after
-                if target >= 0 and self._may_go_on(launches, target, new[target], new_memory) and self.reduced:
+                if target >= 0:
                     new[target] = self._gone_on(launches, target, new[target], new_memory)
                 yield step, (launches, tuple(new), new_memory)
             if moves.running:
                 if not self.reduced and self._may_go_on(launches, r, rank, memory):
-                    launch, at, batches, loose = self.ranks.things[rank]
-                    gone_on = self._advanced(
-                        self.launches.things[launches], r, (launch, at + 1, batches, loose), memory
-                    )
                     new = [*ranks]
-                    new[r] = self.ranks.number(gone_on)
+                    new[r] = self._gone_on(launches, r, self._passed(launches, r, rank), memory)
                     yield f"{moves.name}reads", (launches, tuple(new), memory)
             elif moves.may_end:
                 for step, after in self._ended(self._apart(state), r, moves.name):
@@ -255,8 +252,19 @@ class _Search:
         return _Moves(name, tuple(stores), running, kind != _STOP and not running and self._may_end(batches, loose))
 
     def _gone_on(self, launches: int, r: int, rank: int, memory: bytes) -> int:
-        gone_on = self._advanced(self.launches.things[launches], r, self.ranks.things[rank], memory)
-        return self.ranks.number(gone_on)
+        """Rank r after all that it does of itself: up to a wait that is not over (full search: any wait)."""
+        while self._may_go_on(launches, r, rank, memory) and self.reduced:
+            rank = self._passed(launches, r, rank)
+        return rank
+
+    def _passed(self, launches: int, r: int, rank: int) -> int:
+        """Rank r behind what it waits for, and at its next wait."""
+        key = launches, r, rank
+        if key not in self.passed:
+            launch, at, batches, loose = self.ranks.things[rank]
+            passed = self._at_a_wait(self.launches.things[launches], r, (launch, at + 1, batches, loose))
+            self.passed[key] = self.ranks.number(passed)
+        return self.passed[key]
 
     def _ended(self, state: _Apart, r: int, name: str) -> Iterator[tuple[str, _Apart]]:
         """Rank r's launch ends; the next one starts, of each kind if no rank has started it before."""
@@ -289,20 +297,19 @@ class _Search:
         else:
             counted = self.full[emptied if empties == "earlier" else kind][r]
         loose = left + tuple((cell, 0, defer) for cell in counted)
-        return self._advanced(launches, r, (launch, 0, (), loose), memory)
+        first = self._at_a_wait(launches, r, (launch, 0, (), loose))
+        return self.ranks.things[self._gone_on(self.launches.number(launches), r, self.ranks.number(first), memory)]
 
-    def _advanced(self, launches: _Launches, r: int, rank: _Rank, memory: bytes) -> _Rank:
-        """Rank r after all that it does of itself: up to a poll that it cannot take yet (full search: any poll)."""
+    def _at_a_wait(self, launches: _Launches, r: int, rank: _Rank) -> _Rank:
+        """Rank r after all that it does before it has to wait."""
         launch, at, batches, loose = rank
         kind, _ = launches[self.past + launch]
         program = [] if kind == _STOP else self.programs[kind][r]
         while at < len(program):
             what, stores = program[at]
             if what in ("poll", "await"):
-                wait = self._wait(launches, r, launch, batches, program[at])
-                if not self._is_over(wait, r, memory) or not self.reduced:
-                    break
-            elif what == "send":
+                break
+            if what == "send":
                 loose += stores
             elif what == "fence":
                 batches = (*batches, ()) if batches and batches[-1] else batches

@@ -66,15 +66,18 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_out_of_place_on_three_ranks(dtype: str) -> None:
-    done = run_cli(
-        "--device", "cpu", "--world", "3", "--dtype", dtype, "--out-of-place", "--sizes", "6", "3000", "--iters", "3"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_out_of_place_on_three_ranks(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    options = ["--world", "3", "--dtype", dtype, "--out-of-place", "--sizes", "6", "3000", "--iters", "3"]
+    assert main(["bench", "--device", "cpu", *options]) == 0
+    output = capsys.readouterr().out
     itemsize = bench.DTYPES[dtype].itemsize
     sizes = [6 // itemsize * itemsize, 3000]
-    assert [row[:3] for row in table_of(done.stdout)] == [[str(s), str(s // itemsize), dtype] for s in sizes]
-    assert "sgl_comm, out of place" in done.stdout
+    assert [row[:3] for row in table_of(output)] == [[str(s), str(s // itemsize), dtype] for s in sizes]
+    assert "sgl_comm, out of place" in output
 
 
 def test_under_torchrun() -> None:

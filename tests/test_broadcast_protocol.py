@@ -10,8 +10,9 @@ to stop, whenever the first rank gets to a new launch. Tiles are counted from ab
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -78,28 +79,45 @@ State = tuple[tuple[Launch, ...], tuple[Rank, ...], tuple[tuple[int, ...], ...]]
 
 def search(protocol: Protocol) -> tuple[int, str]:
     """How many states there are, and what went wrong first, or an empty text."""
+    model = _Model.of(protocol)
     memory = ((EMPTY,) * protocol.places + (0,) * protocol.world,) * protocol.world
     seen: set[State] = set()
     waiting: deque[State] = deque()
+    everyone = range(protocol.world)
     try:
         for launch in protocol.launches:
             state: State = ((launch,), ((0, 0, 0, (), 0),) * protocol.world, memory)
-            waiting.append(_went_on(protocol, state))
+            waiting.append(_went_on(model, state, everyone))
         while waiting:
             state = waiting.popleft()
             if state in seen:
                 continue
             seen.add(state)
-            after = list(_steps(protocol, state))
+            after = list(_steps(model, state))
             if not after:
                 _check_end(state, protocol)
-            waiting.extend(after)
+            waiting.extend(each for each in after if each not in seen)
     except _Violation as violation:
         return len(seen), str(violation)
     return len(seen), ""
 
 
-def _steps(protocol: Protocol, state: State) -> Iterator[State]:
+@dataclass(frozen=True)
+class _Model:
+    """A protocol, with what is asked for again and again remembered: programs, and how far a rank goes on."""
+
+    protocol: Protocol
+    program: Callable[[int, tuple[int, int], int], list[tuple[str, int, int]]]
+    advanced: Callable[[Launch, int, Rank, tuple[int, ...]], Rank]
+
+    @classmethod
+    def of(cls, protocol: Protocol) -> _Model:
+        program = functools.cache(protocol.program)
+        return cls(protocol, program, functools.cache(functools.partial(_advanced, protocol, program)))
+
+
+def _steps(model: _Model, state: State) -> Iterator[State]:
+    protocol, program = model.protocol, model.program
     launches, ranks, memory = state
     for r, (launch, first, at, stores, fences) in enumerate(ranks):
         for number, (owner, place, value, fence) in enumerate(stores):
@@ -111,26 +129,36 @@ def _steps(protocol: Protocol, state: State) -> Iterator[State]:
             cells[place] = value
             after = (launch, first, at, stores[:number] + stores[number + 1 :], fences)
             changed = (*memory[:owner], tuple(cells), *memory[owner + 1 :])
-            yield _went_on(protocol, (launches, (*ranks[:r], after, *ranks[r + 1 :]), changed))
+            yield _went_on(model, (launches, (*ranks[:r], after, *ranks[r + 1 :]), changed), {r, owner})
         chosen = launches[launch]
-        if chosen is not STOP and not stores and at == len(protocol.program(r, chosen, first)):
+        if chosen is not STOP and not stores and at == len(program(r, chosen, first)):
             for more in (
                 [launches] if len(launches) > launch + 1 else [(*launches, x) for x in (STOP, *protocol.launches)]
             ):
                 after = (launch + 1, first + chosen[1], 0, (), 0)
-                yield _went_on(protocol, _rebased(protocol, (more, (*ranks[:r], after, *ranks[r + 1 :]), memory)))
+                moved = _rebased(protocol, (more, (*ranks[:r], after, *ranks[r + 1 :]), memory))
+                yield _went_on(model, moved, range(protocol.world))
 
 
-def _went_on(protocol: Protocol, state: State) -> State:
-    """Every rank takes the steps that it can."""
+def _went_on(model: _Model, state: State, who: Collection[int]) -> State:
+    """These ranks take the steps that they can; for the others nothing has changed."""
     launches, ranks, memory = state
-    return launches, tuple(_advanced(protocol, launches, r, rank, memory[r]) for r, rank in enumerate(ranks)), memory
+    moved = list(ranks)
+    for r in who:
+        moved[r] = model.advanced(launches[ranks[r][0]], r, ranks[r], memory[r])
+    return launches, tuple(moved), memory
 
 
-def _advanced(protocol: Protocol, launches: tuple[Launch, ...], r: int, rank: Rank, cells: tuple[int, ...]) -> Rank:
+def _advanced(
+    protocol: Protocol,
+    program_of: Callable[[int, tuple[int, int], int], list[tuple[str, int, int]]],
+    chosen: Launch,
+    r: int,
+    rank: Rank,
+    cells: tuple[int, ...],
+) -> Rank:
     launch, first, at, stores, fences = rank
-    chosen = launches[launch]
-    program = [] if chosen is STOP else protocol.program(r, chosen, first)
+    program = [] if chosen is STOP else program_of(r, chosen, first)
     peers = [p for p in range(protocol.world) if p != r]
     while at < len(program):
         what, number, value = program[at]

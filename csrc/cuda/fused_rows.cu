@@ -7,7 +7,7 @@ namespace sgl_comm::cuda {
 
 LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world(world, [&](auto n) -> LayerNormKernel {
+    return visit_kernel_world<true>(world, [&](auto n) -> LayerNormKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       switch (rows) {

@@ -7,7 +7,7 @@
 namespace sgl_comm::cuda {
 
 PushKernel gather_kernel(Unit unit, int world, bool ring) {
-  return visit_kernel_world(world, [&](auto n) -> PushKernel {
+  return visit_kernel_world<true>(world, [&](auto n) -> PushKernel {
     constexpr int kWorld = n.value;
     switch (unit) {
       case Unit::kPacks:

@@ -5,23 +5,45 @@
 
 namespace sgl_comm::cuda {
 
-PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
+namespace {
+
+PushKernel whole_kernel(DType dtype, int world, Rounds rounds) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world<false>(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
-      if (rounds == Rounds::kRing)
-        return whole ? device::one_shot_ring_kernel<T, kWorld, true> : device::one_shot_ring_kernel<T, kWorld, false>;
-      if (whole && rounds == Rounds::kOne) return device::one_shot_kernel<T, kWorld>;
-      return whole ? device::one_shot_loop_kernel<device::RowMajor<T, true>, kWorld>
-                   : device::one_shot_loop_kernel<device::RowMajor<T, false>, kWorld>;
+      switch (rounds) {
+        case Rounds::kOne:
+          return device::one_shot_kernel<T, kWorld>;
+        case Rounds::kMany:
+          return device::one_shot_loop_kernel<device::RowMajor<T, true>, kWorld>;
+        default:
+          return device::one_shot_ring_kernel<T, kWorld, true>;
+      }
     });
   });
 }
 
+PushKernel odd_kernel(DType dtype, int world, bool ring) {
+  return visit_dtype(dtype, [&](auto d) {
+    return visit_kernel_world<true>(world, [&](auto n) -> PushKernel {
+      using T = DeviceType<d.value>;
+      constexpr int kWorld = n.value;
+      return ring ? device::one_shot_ring_kernel<T, kWorld, false>
+                  : device::one_shot_loop_kernel<device::RowMajor<T, false>, kWorld>;
+    });
+  });
+}
+
+}  // namespace
+
+PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
+  return whole ? whole_kernel(dtype, world, rounds) : odd_kernel(dtype, world, rounds == Rounds::kRing);
+}
+
 StridedKernel strided_one_shot_kernel(DType dtype, int world) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world(world, [&](auto n) -> StridedKernel {
+    return visit_kernel_world<true>(world, [&](auto n) -> StridedKernel {
       return device::one_shot_loop_kernel<device::Strided<DeviceType<d.value>>, n.value>;
     });
   });

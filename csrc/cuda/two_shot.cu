@@ -7,18 +7,14 @@ namespace sgl_comm::cuda {
 
 namespace {
 
-template <bool kGather>
-PushKernel kernel_for(DType dtype, int world, bool whole, bool ring) {
+template <bool kWhole, bool kGather>
+PushKernel kernel_for(DType dtype, int world, bool ring) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world<!kWhole>(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
-      if (ring) {
-        return whole ? device::two_shot_ring_kernel<T, kWorld, true, kGather>
-                     : device::two_shot_ring_kernel<T, kWorld, false, kGather>;
-      }
-      return whole ? device::two_shot_kernel<T, kWorld, true, kGather>
-                   : device::two_shot_kernel<T, kWorld, false, kGather>;
+      return ring ? device::two_shot_ring_kernel<T, kWorld, kWhole, kGather>
+                  : device::two_shot_kernel<T, kWorld, kWhole, kGather>;
     });
   });
 }
@@ -26,11 +22,11 @@ PushKernel kernel_for(DType dtype, int world, bool whole, bool ring) {
 }  // namespace
 
 PushKernel two_shot_kernel(DType dtype, int world, bool whole, bool ring) {
-  return kernel_for<true>(dtype, world, whole, ring);
+  return whole ? kernel_for<true, true>(dtype, world, ring) : kernel_for<false, true>(dtype, world, ring);
 }
 
 PushKernel reduce_scatter_kernel(DType dtype, int world, bool whole, bool ring) {
-  return kernel_for<false>(dtype, world, whole, ring);
+  return whole ? kernel_for<true, false>(dtype, world, ring) : kernel_for<false, false>(dtype, world, ring);
 }
 
 }  // namespace sgl_comm::cuda

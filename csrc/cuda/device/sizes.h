@@ -10,8 +10,9 @@ namespace sgl_comm::device {
 
 constexpr int kPackBytes = 16;
 
-// The worlds that have kernels of their own are 2, 3, 4 and 8. Those of 5 to 7 ranks, seldom used, share kernels that
-// are compiled for the most of them and find out at run time how many there are (world_of() in push.cuh).
+// Kernels of 5 to 7 ranks, which are seldom used, can be one that is compiled for the most of them and finds out at run
+// time how many there are (world_of() in push.cuh). That takes a few percent longer. 5 and 6 ranks share all but those
+// of a plain sum of aligned row-major tensors; the fused norm's take longest to compile.
 constexpr int kFewestShared = 5, kSharedWorld = 7;
 
 constexpr int kMaxThreads = 512;      // of a block, in every push kernel but

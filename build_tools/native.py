@@ -180,7 +180,7 @@ def _alone() -> Iterator[None]:
 
 
 def _compile(text: str, jobs: int) -> None:
-    ninja = toolchain.find_ninja()
+    ninja = toolchain.find_ninja(ROOT / FOLDER / "ninja.txt")
     if ninja is None:
         raise RuntimeError("sgl_comm's build: no ninja that runs is on PATH: install it with `pip install ninja`")
     _write_if_changed(ROOT / FOLDER / "build.ninja", text)

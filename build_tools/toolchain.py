@@ -129,11 +129,18 @@ def _complaint(output: str) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
-def find_ninja() -> str | None:
-    """A ninja that runs. One that is there but cannot run (built for another system, a broken script) is none."""
-    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        program = shutil.which("ninja", path=folder)
+def find_ninja(last: Path | None = None) -> str | None:
+    """A ninja that runs. One that is there but cannot run (built for another system, a broken script) is none.
+
+    Ninjas of different versions do not read each other's logs and would compile all again; so `last`, a file that holds
+    which one built the last time, goes before those on PATH, and is written.
+    """
+    before = [last.read_text(encoding="utf-8")] if last is not None and last.is_file() else []
+    on_path = (shutil.which("ninja", path=folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep))
+    for program in (*before, *on_path):
         if program is not None and _run([program, "--version"])[0] == 0:
+            if last is not None and before != [program]:
+                last.write_text(program, encoding="utf-8")
             return program
     return None
 

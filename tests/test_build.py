@@ -129,6 +129,18 @@ def test_a_ninja_that_cannot_run_is_none(tmp_path: Path, monkeypatch: pytest.Mon
     assert toolchain.find_ninja() == str(works)
 
 
+def test_the_ninja_that_built_before_builds_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("system", "environment"):
+        make_program(tmp_path / name / "ninja", "#!/bin/sh\necho 1.11\n")
+    last = tmp_path / "ninja.txt"
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    assert toolchain.find_ninja(last) == str(tmp_path / "system/ninja")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'environment'}:{tmp_path / 'system'}")
+    assert toolchain.find_ninja(last) == str(tmp_path / "system/ninja")
+    (tmp_path / "system/ninja").unlink()
+    assert toolchain.find_ninja(last) == str(tmp_path / "environment/ninja")
+
+
 def cuda_reason(environ: dict[str, str], tmp_path: Path) -> str | None:
     cxx = toolchain.Cxx(("c++",), sys.executable, "c++ 1", False)
     memory = toolchain.Memory(tmp_path / "known.json")

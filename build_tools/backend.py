@@ -14,7 +14,7 @@ import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
-from build_tools import native, toolchain, torch_finder, torch_headers
+from build_tools import native, toolchain, torch_finder
 
 __all__ = [
     "build_editable",
@@ -47,10 +47,8 @@ def _native_requirements() -> list[str]:
     requirements = []
     if toolchain.find_ninja() is None:
         requirements.append("ninja")
-    if torch_finder.importable_torch() is None and torch_finder.find_torch() is None:
-        headers = torch_headers.fetched(native.FETCHED_HEADERS) or torch_headers.fetch(native.FETCHED_HEADERS)
-        if headers is None:
-            requirements.append(torch_finder.TORCH_REQUIREMENT)
+    if native.find_torch() is None:
+        requirements.append(torch_finder.TORCH_REQUIREMENT)
     return requirements
 
 

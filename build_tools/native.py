@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from build_tools import ninja_file, toolchain, torch_finder, torch_headers
-from build_tools.settings import read_settings
+from build_tools.settings import Settings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "build/native"
@@ -29,7 +29,7 @@ FETCHED_HEADERS = ROOT / FOLDER / "torch_headers"
 # The oldest torch whose stable ABI the code keeps to, and with it the oldest torch the built libraries load in.
 TORCH_TARGET_VERSION = "2.11"
 
-# A program that knows how long each takes would begin with these.
+# Of the kernels, which ninja is given before all else, these take longest.
 _LONGEST_FIRST = ("fused_rows.cu", "two_shot.cu", "one_shot.cu", "pull.cu", "gather.cu")
 
 
@@ -41,16 +41,20 @@ class Built:
     info: dict[str, Any]
 
 
+def find_torch() -> torch_finder.TorchFiles | None:
+    """The torch that is imported after the build; else the headers of one that are, or can be, fetched for it."""
+    return torch_finder.importable_torch() or torch_finder.find_torch() or _fetched_headers()
+
+
 def torch_to_build_with() -> torch_finder.TorchFiles:
-    """The torch that is imported after the build; else one that was fetched for it.
+    """What `find_torch` finds.
 
     Raises:
         RuntimeError: there is none.
     """
-    for find in (torch_finder.importable_torch, torch_finder.find_torch, _fetched_headers):
-        torch = find()
-        if torch is not None:
-            return torch
+    torch = find_torch()
+    if torch is not None:
+        return torch
     raise RuntimeError(
         f"building sgl_comm needs torch >= {torch_finder.MIN_TORCH_TEXT}, and this Python ({sys.executable}) has none:"
         " install it first, or build with `pip install .`, which fetches it"
@@ -115,8 +119,8 @@ def _safe(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".+_" else "-" for c in text)
 
 
-def _planned(torch: torch_finder.TorchFiles) -> tuple[ninja_file.Build, toolchain.CudaPlan, dict[str, Any]]:
-    settings = read_settings()
+def _planned(settings: Settings, torch: torch_finder.TorchFiles) -> tuple[ninja_file.Build, dict[str, Any]]:
+    """What is to be built, and the record of it. Writes nothing outside the build folder, and compiles nothing."""
     memory = toolchain.Memory(ROOT / FOLDER / "known_tools.json")
     standard = _cxx_standard(torch)
     cxx = toolchain.find_cxx(settings, standard, memory)
@@ -166,7 +170,7 @@ def _planned(torch: torch_finder.TorchFiles) -> tuple[ninja_file.Build, toolchai
         "nvcc_version": plan.nvcc_version,
         "cuda_archs": archs if plan.cuda is not None else None,
     }
-    return build, plan, info
+    return build, info
 
 
 @contextlib.contextmanager
@@ -207,8 +211,9 @@ def compile_libraries(version: str) -> Built:
         RuntimeError: something to compile with is missing or wrong (nothing has been compiled), or a compiler failed.
     """
     with _alone():
-        build, _, info = _planned(torch_to_build_with())
-        _compile(ninja_file.ninja_file(build), toolchain.num_jobs(read_settings()))
+        settings = read_settings()
+        build, info = _planned(settings, torch_to_build_with())
+        _compile(ninja_file.ninja_file(build), toolchain.num_jobs(settings))
         libraries = tuple(ROOT / build.output(library) for library in build.libraries)
         return Built(libraries, {"version": version, **info})
 

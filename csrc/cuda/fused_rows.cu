@@ -7,19 +7,23 @@ namespace sgl_comm::cuda {
 
 LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world<true>(world, [&](auto n) -> LayerNormKernel {
-      using T = DeviceType<d.value>;
+    using T = DeviceType<d.value>;
+    if (groups != 1 && rows != FusedRows::kOne) {  // rows of more elements than a slot each holds
+      return visit_kernel_world<5>(world, [&](auto n) -> LayerNormKernel {
+        return rows == FusedRows::kMany ? device::all_reduce_layernorm_kernel<T, n.value, false, kMostGroups, 1, false>
+                                        : device::all_reduce_layernorm_kernel<T, n.value, true, kMostGroups, 1, false>;
+      });
+    }
+    return visit_kernel_world(world, [&](auto n) -> LayerNormKernel {
       constexpr int kWorld = n.value;
       switch (rows) {
         case FusedRows::kOne:
           return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, 1, true>
                              : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, kMostGroups, true>;
         case FusedRows::kMany:
-          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, false, 1, 1, false>
-                             : device::all_reduce_layernorm_kernel<T, kWorld, false, kMostGroups, 1, false>;
+          return device::all_reduce_layernorm_kernel<T, kWorld, false, 1, 1, false>;
         default:
-          return groups == 1 ? device::all_reduce_layernorm_kernel<T, kWorld, true, 1, 1, false>
-                             : device::all_reduce_layernorm_kernel<T, kWorld, true, kMostGroups, 1, false>;
+          return device::all_reduce_layernorm_kernel<T, kWorld, true, 1, 1, false>;
       }
     });
   });

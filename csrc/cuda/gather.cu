@@ -6,21 +6,28 @@
 
 namespace sgl_comm::cuda {
 
+namespace {
+
+template <typename T, bool kWhole>
+PushKernel kernel_for(int world, bool ring) {
+  return visit_kernel_world < kWhole ? 6 : 5 > (world, [&](auto n) -> PushKernel {
+                                             constexpr int kWorld = n.value;
+                                             return ring ? device::gather_ring_kernel<T, kWorld, kWhole>
+                                                         : device::gather_kernel<T, kWorld, kWhole>;
+                                           });
+}
+
+}  // namespace
+
 PushKernel gather_kernel(Unit unit, int world, bool ring) {
-  return visit_kernel_world<true>(world, [&](auto n) -> PushKernel {
-    constexpr int kWorld = n.value;
-    switch (unit) {
-      case Unit::kPacks:
-        return ring ? device::gather_ring_kernel<device::BytePairs, kWorld, true>
-                    : device::gather_kernel<device::BytePairs, kWorld, true>;
-      case Unit::kBytePairs:
-        return ring ? device::gather_ring_kernel<device::BytePairs, kWorld, false>
-                    : device::gather_kernel<device::BytePairs, kWorld, false>;
-      default:
-        return ring ? device::gather_ring_kernel<device::Bytes, kWorld, false>
-                    : device::gather_kernel<device::Bytes, kWorld, false>;
-    }
-  });
+  switch (unit) {
+    case Unit::kPacks:
+      return kernel_for<device::BytePairs, true>(world, ring);
+    case Unit::kBytePairs:
+      return kernel_for<device::BytePairs, false>(world, ring);
+    default:
+      return kernel_for<device::Bytes, false>(world, ring);
+  }
 }
 
 BroadcastKernel broadcast_kernel(Unit unit) {

@@ -9,7 +9,7 @@ namespace {
 
 PushKernel whole_kernel(DType dtype, int world, Rounds rounds) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world<false>(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       switch (rounds) {
@@ -26,7 +26,7 @@ PushKernel whole_kernel(DType dtype, int world, Rounds rounds) {
 
 PushKernel odd_kernel(DType dtype, int world, bool ring) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world<true>(world, [&](auto n) -> PushKernel {
+    return visit_kernel_world<5>(world, [&](auto n) -> PushKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       return ring ? device::one_shot_ring_kernel<T, kWorld, false>
@@ -43,7 +43,7 @@ PushKernel one_shot_kernel(DType dtype, int world, bool whole, Rounds rounds) {
 
 StridedKernel strided_one_shot_kernel(DType dtype, int world) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world<true>(world, [&](auto n) -> StridedKernel {
+    return visit_kernel_world<6>(world, [&](auto n) -> StridedKernel {
       return device::one_shot_loop_kernel<device::Strided<DeviceType<d.value>>, n.value>;
     });
   });

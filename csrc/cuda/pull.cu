@@ -7,7 +7,7 @@ namespace sgl_comm::cuda {
 
 PullKernel pull_kernel(DType dtype, int world, bool whole, bool one_shot) {
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world<true>(world, [&](auto n) -> PullKernel {
+    return visit_kernel_world<5>(world, [&](auto n) -> PullKernel {
       using T = DeviceType<d.value>;
       constexpr int kWorld = n.value;
       if (one_shot) {

@@ -31,7 +31,7 @@ class PackSums {
   // What a launch leaves full if it defers the emptying.
   __device__ __forceinline__ uint32_t left_full() const {
     // Written out for known worlds, here and in sums(): the compiler makes other instructions of a variable.
-    if constexpr (kWorld != kSharedWorld) {
+    if constexpr (kWorld != kShared) {
       return defer_ ? (kTwoShot ? 2 : 1) * (kWorld - 1) * packs_ : 0;
     } else {
       return defer_ ? (kTwoShot ? 2 : 1) * (world_of<kWorld>(view_.group) - 1) * packs_ : 0;
@@ -81,7 +81,7 @@ class PackSums {
   }
   __device__ __forceinline__ uint32_t stride() const { return packs_ * kPackBytes; }
   __device__ __forceinline__ uint32_t sums() const {
-    if constexpr (kWorld != kSharedWorld) {
+    if constexpr (kWorld != kShared) {
       return (kWorld - 1) * stride();
     } else {
       return (world_of<kWorld>(view_.group) - 1) * stride();

@@ -13,14 +13,14 @@ template <DType kType>
 using DeviceType = std::conditional_t<kType == DType::kFloat32, device::Float32,
                                       std::conditional_t<kType == DType::kBFloat16, device::BFloat16, device::Float16>>;
 
-// Calls visit(std::integral_constant<int, n>) for the kWorld of the kernels that serve a world of 2 to 8. 7 ranks have
-// those that 5 to 7 can share (kSharedWorld), and with kShared so have 5 and 6.
-template <bool kShared, typename Visitor>
+// Calls visit(std::integral_constant<int, n>) for the kWorld of the kernels that serve a world of 2 to 8. From
+// kFewest to 7 ranks they are the shared ones; by default every world has its own.
+constexpr int kNotShared = device::kMostShared + 1;
+template <int kFewest = kNotShared, typename Visitor>
 decltype(auto) visit_kernel_world(int world, Visitor&& visit) {
   return visit_world(world, [&](auto n) -> decltype(auto) {
     constexpr int kExact = decltype(n)::value;
-    constexpr bool kSharing = kShared && kExact >= device::kFewestShared && kExact <= device::kSharedWorld;
-    constexpr int kWorld = kSharing ? device::kSharedWorld : kExact;
+    constexpr int kWorld = kExact >= kFewest && kExact <= device::kMostShared ? device::kShared : kExact;
     return visit(std::integral_constant<int, kWorld>{});
   });
 }

@@ -48,12 +48,12 @@ __device__ __forceinline__ void push_row(const Peers<kWorld>& peers, const Warp&
 template <typename T, int kWorld, bool kWhole>
 __device__ __forceinline__ Trouble receive_row(const Message& m, const Warp& warp, const uint8_t* row, uint32_t stride,
                                                int64_t index) {
-  uint4 packs[kWorld - 1], marks[kWorld - 1];
+  uint4 packs[kPeers<kWorld>], marks[kPeers<kWorld>];
   Trouble trouble = await_peers<kWorld>(m.view.group, row + warp.lane * kPackBytes, stride, packs);
   if (trouble != kFine) return trouble;
   trouble = await_peers<kWorld>(m.view.group, row + warp.marks, stride, marks);
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) {
+  for (int p = 0; p < kPeers<kWorld>; ++p) {
     if (trouble != kFine) continue;
     const Part<T> shard = shard_of<T>(m, m.out, sender_at(p, m.view.group.rank));
     store_to<T, kWhole>(shard, index, with_marked_sentinels(packs[p], marks[p]));

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   ptx::wait_for_previous_kernel(peers.ready() | reinterpret_cast<uint64_t>(banks) | reinterpret_cast<uint64_t>(in) |
                                 reinterpret_cast<uint64_t>(out) | rank);
   ptx::launch_next_kernel();
-  uint4 own{}, received[kWorld - 1];
+  uint4 own{}, received[kPeers<kWorld>];
   if (mine) own = ptx::load_input(in);  // asked for before the epoch
   const Start start = read_start<false>(group);
   const uint64_t offset = bank_offset(m.view, start.bank()) + index * kPackBytes;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
   const Ring<kOneShotTile> ring{place};
   const int64_t num_tiles = ring.num_tiles(m.num_packs);
   const Peers<kWorld> peers(m.view, ring.stride());
-  uint4 pushed[kOneShotTile], own[kOneShotTile], received[kOneShotTile][kWorld - 1];
+  uint4 pushed[kOneShotTile], own[kOneShotTile], received[kOneShotTile][kPeers<kWorld>];
   const auto load = [&](int64_t k) {
 #pragma unroll
     for (int u = 0; u < kOneShotTile; ++u) {

@@ -41,10 +41,10 @@ __device__ __forceinline__ Trouble meet(const GroupView& group, const Start& sta
 // Needs all threads of the block, which goes on as one or not at all. A thread in trouble fails the group.
 template <int kWorld>
 __device__ __forceinline__ Trouble find_inputs(const PullMessage& m, const Start& start,
-                                               const void* (&inputs)[kWorld]) {
+                                               const void* (&inputs)[kRanks<kWorld>]) {
   bool all = true;
 #pragma unroll
-  for (int r = 0; r < kWorld; ++r) {
+  for (int r = 0; r < kRanks<kWorld>; ++r) {
     inputs[r] = nullptr;
     if (!has_rank<kWorld>(m.view.group, r)) continue;
     inputs[r] = m.entry != nullptr ? m.entry->input[r] : m.view.group.workspace[r] + m.view.staging;
@@ -62,11 +62,11 @@ __device__ __forceinline__ uint4* staging_of(const PullMessage& m) {
 
 // The pack `index` of every rank's input, summed in rank order. A peer's lies 16-byte aligned and in whole packs.
 template <typename T, int kWorld>
-__device__ __forceinline__ uint4 pull_and_sum(const PullMessage& m, const void* const (&inputs)[kWorld], int64_t index,
-                                              uint4 own) {
-  uint4 packs[kWorld];
+__device__ __forceinline__ uint4 pull_and_sum(const PullMessage& m, const void* const (&inputs)[kRanks<kWorld>],
+                                              int64_t index, uint4 own) {
+  uint4 packs[kRanks<kWorld>];
 #pragma unroll
-  for (int r = 0; r < kWorld; ++r) {
+  for (int r = 0; r < kRanks<kWorld>; ++r) {
     if (!has_rank<kWorld>(m.view.group, r)) continue;
     packs[r] = r == m.view.group.rank ? own : ptx::load_relaxed_sys(static_cast<const uint4*>(inputs[r]) + index);
   }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_pull_kernel(const __g
   ptx::wait_for_previous_kernel();
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
-  const void* inputs[kWorld];
+  const void* inputs[kRanks<kWorld>];
   Trouble trouble = find_inputs<kWorld>(m, start, inputs);
   if (trouble == kFine) {
     for (int64_t i = place.index; m.stage && i < m.num_packs; i += place.count) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
   ptx::wait_for_previous_kernel();
   const Start start = read_start<true>(group);
   const Entry entry = enter<true>(group, start, 0);
-  const void* inputs[kWorld];
+  const void* inputs[kRanks<kWorld>];
   Trouble trouble = find_inputs<kWorld>(m, start, inputs);
   if (trouble == kFine) {
     for (int64_t j = place.index; m.stage && j < m.num_packs; j += place.count) {
@@ -143,13 +143,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_pull_kernel(const __g
   }
   ptx::launch_next_kernel();
   for (int64_t j = place.index; trouble == kFine && j < m.num_packs; j += place.count) {
-    uint4 packs[kWorld];
+    uint4 packs[kRanks<kWorld>];
 #pragma unroll
-    for (int r = 0; r < kWorld; ++r) {
+    for (int r = 0; r < kRanks<kWorld>; ++r) {
       if (has_rank<kWorld>(group, r)) packs[r] = ptx::load_relaxed_sys(sums_of(r) + j);
     }
 #pragma unroll
-    for (int r = 0; r < kWorld; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
+    for (int r = 0; r < kRanks<kWorld>; ++r) store_pack<T, kWhole>(m.out, m.count, r * m.num_packs + j, packs[r]);
   }
   if (trouble != kFine) give_up_pull<T, kWhole>(m, world_of<kWorld>(group), place);
   if (!leave(entry)) fail_group(group, world_of<kWorld>(group), kOverlap, kCustomAllReduceV1, start.epoch());

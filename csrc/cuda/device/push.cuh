@@ -25,12 +25,12 @@ namespace sgl_comm::device {
 // How many ranks the group has. Ranks that there are not have no workspace.
 template <int kWorld>
 __device__ __forceinline__ int world_of(const GroupView& group) {
-  if constexpr (kWorld != kSharedWorld) {
+  if constexpr (kWorld != kShared) {
     return kWorld;
   } else {
     int world = kFewestShared;
 #pragma unroll
-    for (int r = kFewestShared; r < kSharedWorld; ++r) world += group.workspace[r] != nullptr ? 1 : 0;
+    for (int r = kFewestShared; r < kMostShared; ++r) world += group.workspace[r] != nullptr ? 1 : 0;
     return world;
   }
 }
@@ -39,7 +39,7 @@ __device__ __forceinline__ int world_of(const GroupView& group) {
 // are.
 template <int kWorld>
 __device__ __forceinline__ bool has_rank(const GroupView& group, int rank) {
-  return kWorld != kSharedWorld || rank < kFewestShared || group.workspace[rank] != nullptr;
+  return kWorld != kShared || rank < kFewestShared || group.workspace[rank] != nullptr;
 }
 template <int kWorld>
 __device__ __forceinline__ bool has_peer(const GroupView& group, int place) {
@@ -94,8 +94,8 @@ class Peers {
   __device__ __forceinline__ Peers(const PushView& view, uint32_t stride) {
     const int rank = view.group.rank;
 #pragma unroll
-    for (int p = 0; p < kWorld - 1; ++p) {
-      if constexpr (kWorld == kSharedWorld) {
+    for (int p = 0; p < kPeers<kWorld>; ++p) {
+      if constexpr (kWorld == kShared) {
         parts_[p] = nullptr;
         if (!has_peer<kWorld>(view.group, p)) continue;
       }
@@ -108,8 +108,8 @@ class Peers {
   // bank_offset) is empty at each peer. After: it is, or soon will be, full. No word of `pack` may be the sentinel.
   __device__ __forceinline__ void push(uint64_t offset, uint4 pack) const {
 #pragma unroll
-    for (int p = 0; p < kWorld - 1; ++p) {
-      if constexpr (kWorld == kSharedWorld) {
+    for (int p = 0; p < kPeers<kWorld>; ++p) {
+      if constexpr (kWorld == kShared) {
         if (p >= kFewestShared - 1 && parts_[p] == nullptr) continue;
       }
       ptx::store_relaxed_sys(parts_[p] + offset, pack);
@@ -120,12 +120,12 @@ class Peers {
   __device__ __forceinline__ uint64_t ready() const {
     uint64_t all = 0;
 #pragma unroll
-    for (int p = 0; p < kWorld - 1; ++p) all |= reinterpret_cast<uint64_t>(parts_[p]);
+    for (int p = 0; p < kPeers<kWorld>; ++p) all |= reinterpret_cast<uint64_t>(parts_[p]);
     return all;
   }
 
  private:
-  uint8_t* parts_[kWorld - 1];  // null for a rank that there is not
+  uint8_t* parts_[kPeers<kWorld>];  // null for a rank that there is not
 };
 
 // Waits for the pack at `place`, a sum of rank `sender`.
@@ -141,10 +141,10 @@ __device__ __forceinline__ Trouble await_pack(const GroupView& group, const uint
 
 // Loads those packs anew that are not there yet; false if there were none.
 template <int kWorld>
-__device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+__device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t stride, uint4 (&packs)[kPeers<kWorld>]) {
   bool any = false;
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) {
+  for (int p = 0; p < kPeers<kWorld>; ++p) {
     if (any_sentinel(packs[p])) {
       packs[p] = ptx::load_relaxed_sys(places + p * stride);
       any = true;
@@ -157,10 +157,10 @@ __device__ __forceinline__ bool fetch_missing(const uint8_t* places, uint32_t st
 // there are not: zeros, which nobody waits for.
 template <int kWorld>
 __device__ __forceinline__ void fetch_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                            uint4 (&packs)[kWorld - 1]) {
+                                            uint4 (&packs)[kPeers<kWorld>]) {
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) {
-    if constexpr (kWorld == kSharedWorld) {
+  for (int p = 0; p < kPeers<kWorld>; ++p) {
+    if constexpr (kWorld == kShared) {
       packs[p] = ptx::load_relaxed_sys_if(places + p * stride, has_peer<kWorld>(group, p));
     } else {
       packs[p] = ptx::load_relaxed_sys(places + p * stride);
@@ -186,7 +186,7 @@ __device__ __forceinline__ bool poll_in_turn(const uint8_t* place, uint4& pack, 
 
 // Polls for those packs that fetch_peers() has not found; false if some are still missing after the quick polls.
 template <int kWorld>
-__device__ __forceinline__ bool poll_fetched(const uint8_t* places, uint32_t stride, uint4 (&packs)[kWorld - 1]) {
+__device__ __forceinline__ bool poll_fetched(const uint8_t* places, uint32_t stride, uint4 (&packs)[kPeers<kWorld>]) {
   if constexpr (kWorld == 2) {
     if (!any_sentinel(packs[0])) return true;
     packs[0] = ptx::load_relaxed_sys(places);
@@ -199,7 +199,7 @@ __device__ __forceinline__ bool poll_fetched(const uint8_t* places, uint32_t str
 // Polls for a pack of every peer; false if some are still missing after the quick polls.
 template <int kWorld>
 __device__ __forceinline__ bool poll_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                           uint4 (&packs)[kWorld - 1]) {
+                                           uint4 (&packs)[kPeers<kWorld>]) {
   fetch_peers<kWorld>(group, places, stride, packs);
   if constexpr (kWorld == 2) {
     return poll_in_turn(places, packs[0], ptx::load_relaxed_sys(places));
@@ -211,13 +211,13 @@ __device__ __forceinline__ bool poll_peers(const GroupView& group, const uint8_t
 // Waits for those packs that are still missing. Returns kFine or the first rank that did not come.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_missing(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                                 uint4 (&packs)[kWorld - 1], bool indirect = false) {
+                                                 uint4 (&packs)[kPeers<kWorld>], bool indirect = false) {
   if (poll_patiently(
           group, [&] { return fetch_missing<kWorld>(places, stride, packs); }, indirect))
     return kFine;
   int missing = 0;
 #pragma unroll
-  for (int p = kWorld - 2; p >= 0; --p) {
+  for (int p = kPeers<kWorld> - 1; p >= 0; --p) {
     if (any_sentinel(packs[p])) missing = p;
   }
   return sender_at(missing, group.rank);
@@ -226,7 +226,7 @@ __device__ __forceinline__ Trouble await_missing(const GroupView& group, const u
 // Waits for those packs that fetch_peers() has not found.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_fetched(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                                 uint4 (&packs)[kWorld - 1], bool indirect = false) {
+                                                 uint4 (&packs)[kPeers<kWorld>], bool indirect = false) {
   if (poll_fetched<kWorld>(places, stride, packs)) return kFine;
   return await_missing<kWorld>(group, places, stride, packs, indirect);
 }
@@ -234,7 +234,7 @@ __device__ __forceinline__ Trouble await_fetched(const GroupView& group, const u
 // Waits for a pack of every peer.
 template <int kWorld>
 __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uint8_t* places, uint32_t stride,
-                                               uint4 (&packs)[kWorld - 1], bool indirect = false) {
+                                               uint4 (&packs)[kPeers<kWorld>], bool indirect = false) {
   fetch_peers<kWorld>(group, places, stride, packs);
   return await_fetched<kWorld>(group, places, stride, packs, indirect);
 }
@@ -243,15 +243,15 @@ __device__ __forceinline__ Trouble await_peers(const GroupView& group, const uin
 template <int kWorld>
 __device__ __forceinline__ void empty_places(const GroupView& group, uint8_t* places, uint32_t stride) {
 #pragma unroll
-  for (int p = 0; p < kWorld - 1; ++p) {
+  for (int p = 0; p < kPeers<kWorld>; ++p) {
     if (has_peer<kWorld>(group, p)) *reinterpret_cast<uint4*>(places + p * stride) = sentinel_pack();
   }
 }
 
 // The packs of all peers and this rank's own, summed in rank order.
 template <typename T, int kWorld>
-__device__ __forceinline__ uint4 sum_of_peers(const GroupView& group, const uint4 (&received)[kWorld - 1], uint4 own,
-                                              int rank) {
+__device__ __forceinline__ uint4 sum_of_peers(const GroupView& group, const uint4 (&received)[kPeers<kWorld>],
+                                              uint4 own, int rank) {
   return sum_in_order<T>(received, own, rank, [&](int place) { return has_peer<kWorld>(group, place); });
 }
 
@@ -259,7 +259,7 @@ __device__ __forceinline__ uint4 sum_of_peers(const GroupView& group, const uint
 template <typename T, int kWorld>
 __device__ __forceinline__ Trouble receive_and_sum(const GroupView& group, const uint8_t* places, uint32_t stride,
                                                    uint4 own, uint4& sum) {
-  uint4 received[kWorld - 1];
+  uint4 received[kPeers<kWorld>];
   const Trouble trouble = await_peers<kWorld>(group, places, stride, received);
   sum = sum_of_peers<T, kWorld>(group, received, own, group.rank);
   return trouble;

@@ -10,10 +10,13 @@ namespace sgl_comm::device {
 
 constexpr int kPackBytes = 16;
 
-// Kernels of 5 to 7 ranks, which are seldom used, can be one that is compiled for the most of them and finds out at run
-// time how many there are (world_of() in push.cuh). That takes a few percent longer. 5 and 6 ranks share all but those
-// of a plain sum of aligned row-major tensors; the fused norm's take longest to compile.
-constexpr int kFewestShared = 5, kSharedWorld = 7;
+// A kernel's kWorld is how many ranks it serves, or kShared: 5 to 7, and it finds out at run time how many there are
+// (world_of() in push.cuh). The `.cu` files say which are shared, docs/thresholds.md what that costs.
+constexpr int kFewestShared = 5, kMostShared = 7, kShared = 57;
+template <int kWorld>
+constexpr int kRanks = kWorld == kShared ? kMostShared : kWorld;  // at most
+template <int kWorld>
+constexpr int kPeers = kRanks<kWorld> - 1;
 
 constexpr int kMaxThreads = 512;      // of a block, in every push kernel but
 constexpr int kTwoShotThreads = 128;  // two_shot_kernel

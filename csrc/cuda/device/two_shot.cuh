@@ -43,7 +43,7 @@ template <int kWorld>
 __device__ __forceinline__ ShardPack shard_pack(int index, int shard_packs) {
   int owner = 0;
 #pragma unroll
-  for (int r = 1; r < kWorld; ++r) owner += index >= r * shard_packs ? 1 : 0;
+  for (int r = 1; r < kRanks<kWorld>; ++r) owner += index >= r * shard_packs ? 1 : 0;
   return {owner, index - owner * shard_packs};
 }
 
@@ -139,15 +139,15 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
   for (int64_t k = 0; k < num_tiles + kLag; ++k) {
     const uint4 own = pushed;
     const int64_t now = ring.pack_of(k, 0), before = ring.pack_of(k - 1, 0), oldest = ring.pack_of(k - 2, 0);
-    uint4 packs[kWorld];
+    uint4 packs[kRanks<kWorld>];
     if (now < m.num_packs) {
 #pragma unroll
-      for (int o = 0; o < kWorld; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
+      for (int o = 0; o < kRanks<kWorld>; ++o) packs[o] = load_of<T, kWhole>(shard_of<T>(m, m.in, o), now);
     }
     if (trouble == kFine) trouble = credits.await_credit(k);
     if (now < m.num_packs && trouble == kFine) {
 #pragma unroll
-      for (int o = 0; o < kWorld; ++o) {
+      for (int o = 0; o < kRanks<kWorld>; ++o) {
         if (o == rank) {
           pushed = packs[o];
         } else if (has_rank<kWorld>(group, o)) {
@@ -163,11 +163,11 @@ __global__ void __launch_bounds__(kMaxThreads, ring_blocks(kWorld))
     }
     if (kGather && k >= 2 && oldest < m.num_packs && trouble == kFine) {
       uint8_t* const places = banks + (bank + sums + ring.offset(k - 2, 0));
-      uint4 packs[kWorld - 1];
+      uint4 packs[kPeers<kWorld>];
       trouble = await_peers<kWorld>(group, places, stride, packs, true);
       empty_places<kWorld>(group, places, stride);
 #pragma unroll
-      for (int p = 0; p < kWorld - 1; ++p) {
+      for (int p = 0; p < kPeers<kWorld>; ++p) {
         if (trouble == kFine) store_to<T, kWhole>(output_shard<T, true>(m, sender_at(p, rank)), oldest, packs[p]);
       }
     }

@@ -21,6 +21,12 @@ def _why_no_gpu() -> str:
     return ""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests of `-n auto` run at once: most have several ranks each, and on a GPU they would wait for it."""
+    return min(4, len(os.sched_getaffinity(0))) if _why_no_gpu() else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

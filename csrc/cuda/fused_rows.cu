@@ -8,7 +8,7 @@ namespace sgl_comm::cuda {
 LayerNormKernel all_reduce_layernorm_kernel(DType dtype, int world, FusedRows rows, int groups) {
   return visit_dtype(dtype, [&](auto d) {
     using T = DeviceType<d.value>;
-    if (groups != 1 && rows != FusedRows::kOne) {  // rows of more elements than a slot each holds
+    if (groups != 1 && rows != FusedRows::kOne) {  // rows too wide for one group a slot
       return visit_kernel_world<5>(world, [&](auto n) -> LayerNormKernel {
         return rows == FusedRows::kMany ? device::all_reduce_layernorm_kernel<T, n.value, false, kMostGroups, 1, false>
                                         : device::all_reduce_layernorm_kernel<T, n.value, true, kMostGroups, 1, false>;

@@ -10,11 +10,11 @@ namespace {
 
 template <typename T, bool kWhole>
 PushKernel kernel_for(int world, bool ring) {
-  return visit_kernel_world < kWhole ? 6 : 5 > (world, [&](auto n) -> PushKernel {
-                                             constexpr int kWorld = n.value;
-                                             return ring ? device::gather_ring_kernel<T, kWorld, kWhole>
-                                                         : device::gather_kernel<T, kWorld, kWhole>;
-                                           });
+  constexpr int kFewestSharing = kWhole ? 6 : 5;
+  return visit_kernel_world<kFewestSharing>(world, [&](auto n) -> PushKernel {
+    constexpr int kWorld = n.value;
+    return ring ? device::gather_ring_kernel<T, kWorld, kWhole> : device::gather_kernel<T, kWorld, kWhole>;
+  });
 }
 
 }  // namespace

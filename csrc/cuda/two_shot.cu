@@ -9,14 +9,14 @@ namespace {
 
 template <bool kWhole, bool kGather>
 PushKernel kernel_for(DType dtype, int world, bool ring) {
+  constexpr int kFewestSharing = kWhole ? kNoneSharing : 5;
   return visit_dtype(dtype, [&](auto d) {
-    return visit_kernel_world < kWhole ? kNotShared
-                                       : 5 > (world, [&](auto n) -> PushKernel {
-                                           using T = DeviceType<d.value>;
-                                           constexpr int kWorld = n.value;
-                                           return ring ? device::two_shot_ring_kernel<T, kWorld, kWhole, kGather>
-                                                       : device::two_shot_kernel<T, kWorld, kWhole, kGather>;
-                                         });
+    return visit_kernel_world<kFewestSharing>(world, [&](auto n) -> PushKernel {
+      using T = DeviceType<d.value>;
+      constexpr int kWorld = n.value;
+      return ring ? device::two_shot_ring_kernel<T, kWorld, kWhole, kGather>
+                  : device::two_shot_kernel<T, kWorld, kWhole, kGather>;
+    });
   });
 }
 

@@ -23,7 +23,7 @@ _CXX_FLAGS = (
 # Few files have loops over the elements of a tensor. In the others, which check, wait and launch, optimising takes a
 # third of the compiler's time and gains nothing.
 _OPTIMISED, _LOOPS_OPTIMISED = "-O1", "-O3"
-_LOOPS = ("csrc/cpu/difference.cpp", "csrc/cpu/row_norm.cpp", "csrc/cpu/sum.cpp")
+WITH_LOOPS = ("csrc/cpu/difference.cpp", "csrc/cpu/row_norm.cpp", "csrc/cpu/sum.cpp")
 _NVCC_FLAGS = (
     *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false"),
     *("-Xcompiler", "-O1,-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-ffp-contract=off"),
@@ -170,7 +170,7 @@ def ninja_file(build: Build) -> str:
             lines.append(_edge("kernels", _object(build, source), [source], [build.kernels_stamp]))
         else:
             lines.append(_edge("cxx", _object(build, source), [source], [build.host_stamp, *made]))
-            if source in _LOOPS:
+            if source in WITH_LOOPS:
                 lines.append(f"  more = {_LOOPS_OPTIMISED}")
     for name in TORCH_STUBS:
         lines.append(_edge("stub", f"{build.stubs_folder}/lib{name}.so", [], [build.host_stamp]))

@@ -436,3 +436,15 @@ def test_no_path_of_this_machine_is_in_the_ninja_file() -> None:
     assert "'-gencode=arch=compute_90,code=[sm_90,compute_90]'" in text
     assert "code=[sm_80]" in text
     assert text.index("csrc/cuda/one_shot.cu.o:") < text.index("csrc/ops.cpp.o:")  # what takes longest is begun first
+
+
+def test_the_files_with_loops_are_there_and_are_optimised() -> None:
+    library = ninja_file.Library("_C", (*ninja_file.WITH_LOOPS, "csrc/ops.cpp"), ("torch_cpu",))
+    text = ninja_file.ninja_file(
+        ninja_file.Build(
+            *("build/native", "build/native/host", "build/native/kernels", "build/native/out"),
+            *(("c++",), (), (), "c++17", (), False, (library,)),
+        )
+    )
+    assert [path for path in ninja_file.WITH_LOOPS if not (ROOT / path).is_file()] == []
+    assert text.count("more = -O3") == len(ninja_file.WITH_LOOPS)

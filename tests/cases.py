@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import os
 import random
 import time
 import zlib
@@ -455,11 +454,6 @@ def error_of(call: Callable[[], object]) -> str:
 def sum_of_ones(name: str, count: int = 5) -> list[float]:
     """The values of an all-reduce of ones: the world size alone, if it is right."""
     return torch.ops.sgl_comm.all_reduce(torch.ones(count), name).unique().tolist()
-
-
-def shared_memory_names() -> set[str]:
-    """The files in shared memory, but for locks, which processes of tests at the same time make and remove at once."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import capturing, shared_memory_names
+from cases import capturing
 from torch import Tensor
 
 import sgl_comm
@@ -46,6 +46,10 @@ def refusal(call: Callable[[], object]) -> Refusal:
     except SglCommError as error:
         return Refusal(time.time(), time.monotonic() - start, str(error))
     raise AssertionError("the call gave no error")
+
+
+def shared_memory_names() -> set[str]:
+    return set(os.listdir("/dev/shm"))
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ FETCHED_HEADERS = ROOT / FOLDER / "torch_headers"
 TORCH_TARGET_VERSION = "2.11"
 
 # Of the kernels, which ninja is given before all else, these take longest.
-_LONGEST_FIRST = ("fused_rows.cu", "two_shot.cu", "one_shot.cu", "pull.cu", "gather.cu")
+_LONGEST_FIRST = ("all_reduce_layernorm.cu", "two_shot.cu", "one_shot.cu", "pull.cu", "all_gather.cu")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _libraries(plan: toolchain.CudaPlan, library_dirs: list[str]) -> tuple[ninja
         return (cpu,)
     link = [f"-L{folder}" for folder in library_dirs]
     link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    sources = tuple(_sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"))
+    sources = tuple(_sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/fallback.cpp"))
     return cpu, ninja_file.Library("_C_cuda", sources, ("torch_cuda", "torch_cpu"), tuple(link))
 
 

@@ -164,7 +164,7 @@ def ninja_file(build: Build) -> str:
     made = [f"{build.precompiled}.gch"] if build.precompile else []
     if build.precompile:
         lines.append(_edge("precompile", made[0], ["csrc/precompiled.h"], [build.host_stamp]))
-    every = [source for library in build.libraries for source in library.sources]
+    every = dict.fromkeys(source for library in build.libraries for source in library.sources)
     for source in sorted(every, key=lambda source: not source.endswith(".cu")):
         if source.endswith(".cu"):
             lines.append(_edge("kernels", _object(build, source), [source], [build.kernels_stamp]))

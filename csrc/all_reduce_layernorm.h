@@ -6,28 +6,28 @@
 #include <string>
 
 #include "dispatch.h"
-#include "inference_only.h"
+#include "input_checks.h"
 #include "norm.h"
+#include "ops.h"
 #include "tensor.h"
 
 namespace sgl_comm {
 
-constexpr const char* kAllReduceLayerNorm = "tp_attn_all_reduce_and_layernorm";
+constexpr const char* kAllReduceLayerNorm = name_of(Op::kAllReduceLayerNorm);
 
 // The arguments, checked and row-major.
 struct LayerNormCall {
   Tensor hidden_states, residual, weight;
   std::optional<Tensor> bias;
-  Norm norm;
-  DType dtype;
-  int64_t hidden;  // elements of a row
-  int64_t rows;
+  Norm norm{};
+  DType dtype = DType::kOther;
+  int64_t hidden = 0;  // elements of a row
+  int64_t rows = 0;
 };
 
 inline Tensor checked_weight(const char* name, const Tensor& weight, const Tensor& hidden_states) {
   constexpr const char* kOp = kAllReduceLayerNorm;
-  check_strided(kOp, weight);
-  check_inference_only(kOp, weight);
+  check_input(kOp, weight);
   const int64_t hidden = hidden_states.size(hidden_states.dim() - 1);
   const bool known = weight.scalar_type() == hidden_states.scalar_type() ||
                      weight.scalar_type() == torch::headeronly::ScalarType::Float;
@@ -41,15 +41,13 @@ inline LayerNormCall check_layernorm(const Tensor& hidden_states, const Tensor& 
                                      const std::optional<Tensor>& bias, double eps, const std::string& norm,
                                      double weight_offset) {
   constexpr const char* kOp = kAllReduceLayerNorm;
-  for (const Tensor* tensor : {&hidden_states, &residual}) {
-    check_strided(kOp, *tensor);
-    check_inference_only(kOp, *tensor);
-  }
+  check_input(kOp, hidden_states);
+  check_input(kOp, residual);
   SGL_CHECK(hidden_states.dim() >= 1, kOp, ": got hidden_states ", describe(hidden_states),
             "; expected at least one dimension, the last of which is normalised");
   const DType dtype = dtype_of(hidden_states.scalar_type());
-  SGL_CHECK(dtype != DType::kOther, kOp, ": got hidden_states ", describe(hidden_states),
-            "; expected float32, bfloat16 or float16");
+  SGL_CHECK(dtype != DType::kOther, kOp, ": got hidden_states ", describe(hidden_states), "; expected ",
+            kSummedDTypeNames);
   bool alike = residual.dim() == hidden_states.dim() && residual.scalar_type() == hidden_states.scalar_type() &&
                residual.device() == hidden_states.device();
   for (int64_t d = 0; alike && d < residual.dim(); ++d) alike = residual.size(d) == hidden_states.size(d);
@@ -60,14 +58,16 @@ inline LayerNormCall check_layernorm(const Tensor& hidden_states, const Tensor& 
   SGL_CHECK(std::isfinite(eps) && eps >= 0, kOp, ": got eps ", eps, "; expected a finite number, at least 0");
   SGL_CHECK(std::isfinite(weight_offset), kOp, ": got weight_offset ", weight_offset, "; expected a finite number");
   const int64_t hidden = hidden_states.size(hidden_states.dim() - 1);
-  LayerNormCall call{row_major(hidden_states),
-                     row_major(residual),
-                     checked_weight("weight", weight, hidden_states),
-                     std::nullopt,
-                     {norm == "layer", static_cast<float>(eps), static_cast<float>(weight_offset)},
-                     dtype,
-                     hidden,
-                     hidden == 0 ? 0 : hidden_states.numel() / hidden};
+  LayerNormCall call;
+  call.hidden_states = row_major(hidden_states);
+  call.residual = row_major(residual);
+  call.weight = checked_weight("weight", weight, hidden_states);
+  call.norm.layer = norm == "layer";
+  call.norm.eps = static_cast<float>(eps);
+  call.norm.weight_offset = static_cast<float>(weight_offset);
+  call.dtype = dtype;
+  call.hidden = hidden;
+  call.rows = hidden == 0 ? 0 : hidden_states.numel() / hidden;
   if (bias.has_value()) call.bias = checked_weight("bias", *bias, hidden_states);
   return call;
 }

@@ -1,41 +1,47 @@
-// From run-time values to template constants: the dtypes a kernel sums and the worlds it knows. Nothing of torch.
+// From run-time values to template constants: the dtypes that this package sums and the numbers of ranks that it
+// serves. Plain: kernels read this too.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
+#include "check.h"
+
 namespace sgl_comm {
 
 constexpr int kMaxWorld = 8;
 
-// The dtypes this package sums by itself; all others go to the fallback.
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kOther = 3 };
+// The dtypes that this package sums by itself; kOther is every other one, which goes to the fallback.
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kOther };
+constexpr DType kSummedDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr const char* kSummedDTypeNames = "float32, bfloat16 or float16";  // for errors
 
 constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-inline const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "other"};
-  return kNames[static_cast<int>(dtype)];
-}
-
-// Calls visit(std::integral_constant<DType, d>) for the given dtype, which must not be kOther.
+// Calls visit(std::integral_constant<DType, dtype>); kOther is an error.
 template <typename Visitor>
 decltype(auto) visit_dtype(DType dtype, Visitor&& visit) {
   switch (dtype) {
+    case DType::kFloat32:
+      return visit(std::integral_constant<DType, DType::kFloat32>{});
     case DType::kBFloat16:
       return visit(std::integral_constant<DType, DType::kBFloat16>{});
     case DType::kFloat16:
       return visit(std::integral_constant<DType, DType::kFloat16>{});
-    default:
-      return visit(std::integral_constant<DType, DType::kFloat32>{});
+    case DType::kOther:
+      break;
   }
+  fail("sgl_comm: no kernel sums dtype number ", static_cast<int>(dtype));
 }
 
-// Calls visit(std::integral_constant<int, world>) for a world of 2 to 8.
+// Calls visit(std::integral_constant<int, world>); another world than 2 to kMaxWorld is an error.
 template <typename Visitor>
 decltype(auto) visit_world(int world, Visitor&& visit) {
+  static_assert(kMaxWorld == 8);
   switch (world) {
+    case 2:
+      return visit(std::integral_constant<int, 2>{});
     case 3:
       return visit(std::integral_constant<int, 3>{});
     case 4:
@@ -48,9 +54,8 @@ decltype(auto) visit_world(int world, Visitor&& visit) {
       return visit(std::integral_constant<int, 7>{});
     case 8:
       return visit(std::integral_constant<int, 8>{});
-    default:
-      return visit(std::integral_constant<int, 2>{});
   }
+  fail("sgl_comm: no kernel serves ", world, " ranks; expected 2 to ", kMaxWorld);
 }
 
 }  // namespace sgl_comm

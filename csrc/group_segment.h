@@ -21,7 +21,7 @@
 
 namespace sgl_comm {
 
-// What a rank tells the others, as bytes over their own group.
+// What ranks exchange, as bytes over their own group.
 struct SegmentHandle {
   uint64_t magic = 0;
   uint64_t nonce[2] = {};  // rank 0's: proves that a peer has opened the right file

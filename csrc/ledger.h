@@ -1,5 +1,5 @@
 // What the CPU's and the CUDA library know of each other's calls of a group, on one rank: so that nobody takes a call
-// of CPU tensors for one of CUDA tensors that a peer has made in its place, or that a peer has refused.
+// of CPU tensors for one of CUDA tensors that a peer has made instead, or that a peer has refused.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,11 +1,11 @@
 // RMSNorm and LayerNorm of a row, to the bit: which element is added to which, and how each step is rounded. The CPU
 // and the CUDA kernels share this, so their results agree by construction. CUDA headers alone, or none.
 //
-// The sum of a row depends on its length alone. Groups of 8 neighbouring elements (the last is filled up with zeros)
-// are added as sum_of_group() says. There are row_slots(hidden) slots, a multiple of 32; slot s adds groups s, s +
-// slots, s + 2 * slots, ... in that order. 32 neighbouring slots are added in the same way, those half of them apart
-// first, down to neighbours, and so are the at most 32 sums of those, filled up with zeros, if there are several. On a
-// GPU a thread has a slot or two, and 32 slots are a warp's butterfly.
+// The sum of a row depends on its length alone. Vectors of 8 neighbouring elements (the last is filled up with zeros)
+// are added as sum_of_vector() says. A row has n = row_partials(hidden) partial sums, a multiple of 32; partial sum p
+// adds vectors p, p + n, p + 2n, ... in that order. 32 neighbouring partial sums are added as a tree: first those 16
+// apart, then those 8 apart, down to neighbours. If there are several trees, at most 32, their sums are added as one
+// more tree, filled up with zeros. On a GPU a thread has one or two partial sums, and a tree is a warp's butterfly.
 //
 // Every operation is rounded by itself: no product is fused with a sum.
 #pragma once
@@ -54,7 +54,7 @@ SGL_HOST_DEVICE float divide(float a, RowLength length) {
   return a / length.value;
 #endif
 }
-// Of the square root, once that is rounded.
+// 1 / sqrt(a), where the root is rounded first.
 SGL_HOST_DEVICE float inverse_square_root(float a) {
 #ifdef __CUDA_ARCH__
   return device::inverse_of_root(device::root(a));
@@ -63,16 +63,16 @@ SGL_HOST_DEVICE float inverse_square_root(float a) {
 #endif
 }
 
-constexpr int kGroup = 8, kTree = 32, kMostSlots = kTree * kTree;
+constexpr int kVector = 8, kTree = 32, kMostPartials = kTree * kTree;
 
-SGL_HOST_DEVICE int64_t row_groups(int64_t hidden) { return (hidden + kGroup - 1) / kGroup; }
-SGL_HOST_DEVICE int row_slots(int64_t hidden) {
-  const int64_t slots = (row_groups(hidden) + kTree - 1) / kTree * kTree;
-  return slots < kMostSlots ? static_cast<int>(slots) : kMostSlots;
+SGL_HOST_DEVICE int64_t row_vectors(int64_t hidden) { return (hidden + kVector - 1) / kVector; }
+SGL_HOST_DEVICE int row_partials(int64_t hidden) {
+  const int64_t partials = (row_vectors(hidden) + kTree - 1) / kTree * kTree;
+  return partials < kMostPartials ? static_cast<int>(partials) : kMostPartials;
 }
 
-// Of a group: elements half a group apart first, then a quarter, then neighbours.
-SGL_HOST_DEVICE float sum_of_group(const float (&v)[kGroup]) {
+// The sum of a vector: elements half a vector apart are added first, then those a quarter apart, then neighbours.
+SGL_HOST_DEVICE float sum_of_vector(const float (&v)[kVector]) {
   const float a = add(v[0], v[4]), b = add(v[1], v[5]), c = add(v[2], v[6]), d = add(v[3], v[7]);
   return add(add(a, c), add(b, d));
 }
@@ -89,7 +89,8 @@ SGL_HOST_DEVICE float norm_factor(float squares, RowLength length, float eps) {
   return inverse_square_root(add(divide(squares, length), eps));
 }
 
-// One element: `value` is the row's (LayerNorm: less the mean), `weight` has its offset. A bias is added afterwards.
+// One element of the result: `value` is the row's (LayerNorm: less the mean), `weight` has its offset. A bias is added
+// afterwards.
 SGL_HOST_DEVICE float normalised(float value, float factor, float weight) { return mul(mul(value, factor), weight); }
 
 }  // namespace sgl_comm

@@ -8,14 +8,12 @@
 
 namespace sgl_comm {
 
-// One-shot: all to all, each sums everything. Two-shot: each sums a part and sends the sum to all. A ring is the same
-// in pieces, for a message that the workspace cannot hold at once, or that goes faster so.
+// One-shot: all to all, each sums everything. Two-shot: each sums a part and sends the sum to all. A ring is one of
+// these in tiles, for a message that the workspace cannot hold at once, or that goes faster so.
 enum class Algorithm { kOneShot, kTwoShot, kOneShotRing, kTwoShotRing };
 
-inline const char* name_of(Algorithm algorithm) {
-  constexpr const char* kNames[] = {"one_shot", "two_shot", "one_shot_ring", "two_shot_ring"};
-  return kNames[static_cast<int>(algorithm)];
-}
+constexpr const char* kAlgorithmNames[] = {"one_shot", "two_shot", "one_shot_ring", "two_shot_ring"};
+inline const char* name_of(Algorithm algorithm) { return kAlgorithmNames[static_cast<int>(algorithm)]; }
 
 // From sgl_comm/thresholds.py.
 struct Thresholds {
@@ -35,23 +33,30 @@ inline int64_t packs_of(int64_t bytes) { return (bytes + kPolicyPackBytes - 1) /
 // Packs of the largest shard of a message that `world` ranks share out.
 inline int64_t shard_packs_of(int64_t bytes, int world) { return (packs_of(bytes) + world - 1) / world; }
 
-inline bool fits(Algorithm algorithm, int64_t bytes, int world, int64_t bank_bytes) {
+inline bool fits(Algorithm algorithm, int64_t bytes, int world, int64_t buffer_bytes) {
   const int64_t packs = algorithm == Algorithm::kOneShot ? packs_of(bytes) : 2 * shard_packs_of(bytes, world);
-  return packs * (world - 1) <= bank_bytes / kPolicyPackBytes;
+  return packs * (world - 1) <= buffer_bytes / kPolicyPackBytes;
 }
 
-// `wish` is "auto" or an algorithm's name; one_shot and two_shot become a ring where the message does not fit.
-inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, int world, int64_t bank_bytes,
+// An error unless `wish` is "auto" or the name of an algorithm.
+inline void check_algorithm(const char* op, const std::string& wish) {
+  bool known = wish == "auto";
+  for (const char* name : kAlgorithmNames) known = known || wish == name;
+  SGL_CHECK(known, op, ": got algo '", wish, "'; expected auto, one_shot, two_shot, one_shot_ring or two_shot_ring");
+}
+
+// The algorithm for a message of so many bytes, where a buffer of the workspace has buffer_bytes. `wish` is "auto" or
+// an algorithm's name; one_shot and two_shot become a ring where the message does not fit.
+inline Algorithm choose(const char* op, const std::string& wish, int64_t bytes, int world, int64_t buffer_bytes,
                         const Thresholds& thresholds) {
+  check_algorithm(op, wish);
   for (const Algorithm ring : {Algorithm::kOneShotRing, Algorithm::kTwoShotRing}) {
     if (wish == name_of(ring)) return ring;
   }
-  SGL_CHECK(wish == "auto" || wish == "one_shot" || wish == "two_shot", op, ": got algo '", wish,
-            "'; expected auto, one_shot, two_shot, one_shot_ring or two_shot_ring");
   const bool one_shot = wish == "one_shot" || (wish == "auto" && bytes <= thresholds.one_shot_bytes);
   const Algorithm plain = one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot;
   const bool at_once = wish != "auto" || bytes <= thresholds.ring_bytes;
-  if (at_once && fits(plain, bytes, world, bank_bytes)) return plain;
+  if (at_once && fits(plain, bytes, world, buffer_bytes)) return plain;
   return one_shot ? Algorithm::kOneShotRing : Algorithm::kTwoShotRing;
 }
 

@@ -58,7 +58,7 @@ inline Ref from_tensor(const Tensor& tensor) {
   return object;
 }
 
-// And back. Not defined(), with Python's error set, where the object is null or no tensor.
+// The tensor in a Python object. Not defined(), with Python's error set, where the object is null or no tensor.
 inline Tensor to_tensor(const Ref& object) {
   if (!object) return Tensor();
   const Ref maker = import("torch._C._aoti").attr("unsafe_alloc_void_ptr_from_tensor");

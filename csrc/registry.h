@@ -1,5 +1,6 @@
-// Group name -> what serves it. One registry a library (the CPU's and CUDA's are apart). A name is known from open() to
-// close(), serves calls from settle() on, and is remembered when closed so that the error can say so.
+// Group name -> group. One registry a library: the CPU's and CUDA's are apart. A group in the registry never changes:
+// set-up puts a changed copy in its place, so that a call goes on with what it has found, and that lives until the call
+// ends.
 #pragma once
 
 #include <pthread.h>
@@ -25,25 +26,38 @@ inline std::atomic<int>& fork_depth() {
   return depth;
 }
 
-// A group of ranks and the communicator that serves it; a null communicator means the fallback does.
-template <typename Communicator>
-struct Group {
+// What both libraries know of a group of ranks. Each adds the communicators that it has for it.
+struct GroupRecord {
   std::string name;
   int rank = 0;
   int world = 1;
+  bool compare_calls = false;  // whether ranks compare what they are about to call (SGLCOMM_CHECK)
   int fork_depth = 0;
-  std::string backend;  // the group's own, which the fallback uses: "gloo", "nccl", ...
-  std::unique_ptr<Communicator> communicator;
-  std::string reason;                   // why there is none
-  bool compare_calls = false;           // what the ranks are about to call, before they do (SGLCOMM_CHECK)
-  std::atomic<bool> settled{false};     // the communicator stays as it is from here on
-  std::atomic<double> waits_end_at{0};  // of a group that the grafter made: seconds of steady_clock
 };
 
+// A communicator in a group: held from open to close, and serving calls from settle on.
 template <typename Communicator>
+struct Part {
+  bool open = false;
+  bool settled = false;                        // set-up is over: the communicator stays as it is
+  std::shared_ptr<Communicator> communicator;  // null where it does not serve
+  std::string reason;                          // why it does not
+
+  Communicator* serving() const { return settled ? communicator.get() : nullptr; }
+
+  // The end of set-up: all ranks have agreed on whether the communicator serves, or on why it does not.
+  void settle(bool agreed, const std::string& why_not = "") {
+    if (!agreed) communicator.reset();
+    reason = why_not;
+    settled = true;
+  }
+};
+
+// Group is a GroupRecord with settled(), whether calls may be made, and in_use(), whether anything is open in it.
+template <typename Group>
 class Registry {
  public:
-  using GroupPtr = std::shared_ptr<Group<Communicator>>;
+  using GroupPtr = std::shared_ptr<const Group>;
 
   // The library's one registry. Never destroyed: threads may still call at exit. Its lock is never held over a fork.
   static Registry& instance() {
@@ -58,76 +72,63 @@ class Registry {
     return *registry;
   }
 
-  // A name of the parent's may be opened anew in a forked child.
-  void open(const std::string& name, int rank, int world, const std::string& backend = "", bool compare_calls = false) {
-    auto group = std::make_shared<Group<Communicator>>();
-    group->name = name;
-    group->rank = rank;
-    group->world = world;
-    group->backend = backend;
-    group->compare_calls = compare_calls;
-    group->fork_depth = fork_depth().load();
+  // Opens a part of a group, which is new or has other parts open: open_part(Group&) marks it, or throws where it is
+  // open already. A forked child may open a name of its parent's anew.
+  template <typename OpenPart>
+  void open(GroupRecord record, OpenPart&& open_part) {
+    record.fork_depth = fork_depth().load();
     std::unique_lock lock(mutex_);
-    GroupPtr& place = groups_[name];
-    SGL_CHECK(place == nullptr || place->fork_depth != group->fork_depth, "init: group '", name,
-              "' already has a communicator; close() it first");
-    if (place != nullptr) inherited_.push_back(std::move(place));
-    place = std::move(group);
-    closed_.erase(name);
+    const auto entry = groups_.find(record.name);
+    const bool known = entry != groups_.end() && entry->second->fork_depth == record.fork_depth;
+    auto group = known ? std::make_shared<Group>(*entry->second) : std::make_shared<Group>();
+    if (!known) static_cast<GroupRecord&>(*group) = record;
+    open_part(*group);
+    if (!known && entry != groups_.end()) inherited_.push_back(entry->second);
+    groups_[record.name] = std::move(group);
+    closed_.erase(record.name);
   }
 
-  // Takes the group out. Null where the name is unknown, or belongs to the parent of a forked child.
-  GroupPtr close(const std::string& name) {
+  // Puts a copy of the group, changed by change(Group&), in its place. Does nothing where the name is unknown, or
+  // belongs to the parent of a forked child. A group that is no longer in use leaves the registry, which remembers its
+  // name so that errors can say so. What the change has dropped is destroyed when the last call that uses it ends.
+  template <typename Change>
+  void change(const std::string& name, Change&& change) {
+    GroupPtr before;  // destroyed without the lock
     std::unique_lock lock(mutex_);
-    const auto place = groups_.find(name);
-    if (place == groups_.end() || place->second->fork_depth != fork_depth().load()) return nullptr;
-    GroupPtr group = std::move(place->second);
-    groups_.erase(place);
-    closed_.insert(name);
-    return group;
-  }
-
-  // The end of set-up: all ranks have agreed on whether the communicator serves, or on why it does not.
-  void settle(const std::string& name, bool agreed, const std::string& reason = "") {
-    const GroupPtr group = find_open("init", name);
-    group->reason = reason;
-    if (agreed) {
-      group->communicator->settle();
-    } else {
-      group->communicator.reset();
+    const auto entry = groups_.find(name);
+    if (entry == groups_.end() || entry->second->fork_depth != fork_depth().load()) return;
+    auto group = std::make_shared<Group>(*entry->second);
+    change(*group);
+    before = std::exchange(entry->second, std::move(group));
+    if (!entry->second->in_use()) {
+      groups_.erase(entry);
+      closed_.insert(name);
     }
-    group->settled.store(true, std::memory_order_release);
-  }
-
-  // Why the group's communicator has become unusable; empty while it is not.
-  std::string fault(const std::string& name) const {
-    const GroupPtr group = find("check", name);
-    return group->communicator ? group->communicator->fault() : "";
   }
 
   // For calls that may do without: null where there is no such group, or not yet.
   GroupPtr find_if_settled(const std::string& name) const {
     std::shared_lock lock(mutex_);
-    const auto place = groups_.find(name);
-    if (place == groups_.end() || place->second->fork_depth != fork_depth().load()) return nullptr;
-    return place->second->settled.load(std::memory_order_acquire) ? place->second : nullptr;
+    const auto entry = groups_.find(name);
+    if (entry == groups_.end() || entry->second->fork_depth != fork_depth().load()) return nullptr;
+    return entry->second->settled() ? entry->second : nullptr;
   }
 
   // For calls: only a settled group.
   GroupPtr find(const char* op, const std::string& name) const {
     GroupPtr group = find_open(op, name);
-    SGL_CHECK(group->settled.load(std::memory_order_acquire), op, ": group '", name, "' is still being initialised");
+    SGL_CHECK(group->settled(), op, ": group '", name, "' is still being initialised");
     return group;
   }
 
   // For set-up: settled or not.
   GroupPtr find_open(const char* op, const std::string& name) const {
     std::shared_lock lock(mutex_);
-    const auto place = groups_.find(name);
-    if (__builtin_expect(place == groups_.end(), 0)) refuse(op, name);
-    SGL_CHECK(place->second->fork_depth == fork_depth().load(), op, ": group '", name,
+    const auto entry = groups_.find(name);
+    if (__builtin_expect(entry == groups_.end(), 0)) refuse(op, name);
+    SGL_CHECK(entry->second->fork_depth == fork_depth().load(), op, ": group '", name,
               "' was made by the parent of this forked process; init() a group of the child's own");
-    return place->second;
+    return entry->second;
   }
 
  private:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -36,10 +37,44 @@ inline DType dtype_of(torch::headeronly::ScalarType type) {
   }
 }
 
+// The dtype's name in PyTorch: "bfloat16".
+inline std::string name_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      break;
+  }
+  std::string name = torch::headeronly::toString(type);  // the others differ in capitals alone
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+  return name;
+}
+
 // For error messages: "bfloat16[4, 128] on cpu".
 inline std::string describe(const Tensor& tensor) {
   std::ostringstream text;
-  text << torch::headeronly::toString(tensor.scalar_type()) << '[';
+  text << name_of(tensor.scalar_type()) << '[';
   for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
   text << "] on " << (tensor.is_cuda() ? "cuda" : tensor.is_cpu() ? "cpu" : "another device");
   return text.str();
@@ -76,7 +111,7 @@ inline Tensor empty_row_major(const char* op, const Tensor& like, const int64_t*
   return Tensor(out);
 }
 
-// The same of `like`'s own sizes.
+// A new tensor of `like`'s sizes, dtype and device, uninitialised and row-major.
 inline Tensor empty_row_major(const char* op, const Tensor& like) {
   int64_t* sizes = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
@@ -155,7 +190,7 @@ inline bool overlaps_itself(const Tensor& tensor) {
     if (tensor.size(d) > 1) dims.push_back({tensor.stride(d), tensor.size(d)});
   }
   std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride < b.stride; });
-  // Each stride steps over all that the smaller ones reach: then no two elements can meet.
+  // Each stride steps over all that the smaller ones reach: then no two elements can share memory.
   int64_t reach = 0;
   bool nested = true;
   for (const Dim& dim : dims) {
@@ -196,7 +231,7 @@ void in_place(Tensor& tensor, Work&& work) {
   copy_back(copy, tensor);
 }
 
-// The same for work that reads nothing of the tensor and writes all of it.
+// in_place() for work that reads nothing of the tensor and writes all of it.
 template <typename Work>
 void overwrite(const char* op, Tensor& tensor, Work&& work) {
   if (is_row_major(tensor)) {

@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from sgl_comm.capability import SUPPORTED_DTYPES
+from sgl_comm.backends.capability import SUPPORTED_DTYPES
 from sgl_comm.communicator import Communicator
 from sgl_comm.errors import SglCommError
 

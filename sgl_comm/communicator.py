@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgl_comm import _library, capability, envs
-from sgl_comm import ops as sgl_ops
-from sgl_comm.capability import as_device
-from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm import _library, envs
+from sgl_comm.backends import capability
+from sgl_comm.backends.capability import as_device
+from sgl_comm.backends.custom_all_reduce_v1 import CustomAllReduceV1
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.explanation import Explanation, explain
+from sgl_comm.backends.rendezvous import Rendezvous
+from sgl_comm.backends.shm_all_reduce import ShmAllReduce
 from sgl_comm.errors import SglCommError
-from sgl_comm.explanation import Explanation, explain
-from sgl_comm.rendezvous import Rendezvous
-from sgl_comm.shm_all_reduce import ShmAllReduce
-from sgl_comm.work import Work
+from sgl_comm.ops import GroupOps
 
 logger = logging.getLogger(__name__)
 
 _ops = torch.ops.sgl_comm
+
+_NO_PROTOCOL = ""
+"""What the CUDA library is told of a group that no kernels of it serve."""
 
 _live: dict[str, Communicator] = {}
 """Group name -> the open communicator of it."""
@@ -54,8 +57,8 @@ def init(
     return Communicator(group, device, max_size)
 
 
-class Communicator:
-    """One group of ranks. Made by ``init``; ends with ``close``."""
+class Communicator(GroupOps):
+    """One group of ranks, with the ops as methods. Made by ``init``; ends with ``close``."""
 
     def __init__(
         self,
@@ -63,32 +66,41 @@ class Communicator:
         device: torch.device | str | int | None = None,
         max_size: int | None = None,
     ) -> None:
-        link = Rendezvous.of(group, None if device is None else as_device(device))
-        self.group_name: str = link.name
-        self.rank: int = link.rank
-        self.world_size: int = link.world
-        self.device, problem = _device_of(link, device)
-        link.refuse_together(problem)
-        link.must_be_alike("devices", self.device.type)
-        _forget_dead_group(link)
-        self._group = weakref.ref(link.group)
-        self._fallback = link.backend_for(self.device.type)
+        rendezvous = Rendezvous.of(group, None if device is None else as_device(device))
+        self.group_name = rendezvous.name
+        self.rank: int = rendezvous.rank
+        self.world_size: int = rendezvous.world
+        self.device, problem = _device_of(rendezvous, device)
+        rendezvous.refuse_together(problem)
+        rendezvous.must_be_alike("devices", self.device.type)
+        _forget_dead_group(rendezvous)
+        self._group = weakref.ref(rendezvous.group)
+        self._fallback = rendezvous.backend_for(self.device.type)
         self._closed = False
-        self._shm = ShmAllReduce(link.group, self.device)
+        self._open_on_cuda = False
+        self._shm = ShmAllReduce(rendezvous.group, self.device)
         self._v2: CustomAllReduceV2 | None = None
         self._v1: CustomAllReduceV1 | None = None
         try:
             if self.device.type == "cuda":
-                found = capability.survey(link, self.device)
-                self._v2 = CustomAllReduceV2(link.group, self.device, max_size, found=found)
-                self._v1 = CustomAllReduceV1(link.group, self.device, found=found)
+                found = capability.survey(rendezvous, self.device)
+                self._v2 = CustomAllReduceV2(rendezvous.group, self.device, max_size, found=found)
+                self._v1 = CustomAllReduceV1(rendezvous.group, self.device, found=found)
             elif not _library.cuda_missing:  # a CUDA tensor takes the fallback
-                _ops._v2_open(link.name, link.rank, link.world, link.backend_for("cuda"), envs.check())
-                _ops._v2_settle(link.name, False, "the group was initialised with device='cpu'")
+                backend = rendezvous.backend_for("cuda")
+                _ops._cuda_open(
+                    rendezvous.name,
+                    _NO_PROTOCOL,
+                    rendezvous.rank,
+                    rendezvous.world,
+                    backend,
+                    compare_calls=envs.check(),
+                )
+                self._open_on_cuda = True
         except BaseException:
             self._close_all()
             raise
-        _live[link.name] = self
+        _live[rendezvous.name] = self
         logger.log(logging.INFO if not self.reason else logging.WARNING, "%s", self)
 
     @property
@@ -128,38 +140,6 @@ class Communicator:
             f" served by {self.backend}{why}"
         )
 
-    def all_reduce(self, input: Tensor, reduce_op: str = "sum") -> Tensor:
-        """The sum of every rank's ``input``, as a new row-major tensor. See ``sgl_comm.ops.all_reduce``."""
-        return sgl_ops.all_reduce(input, self.group_name, reduce_op)
-
-    def all_reduce_(self, input: Tensor, reduce_op: str = "sum") -> None:
-        """The same, in place, for any strides. See ``sgl_comm.ops.all_reduce_``."""
-        sgl_ops.all_reduce_(input, self.group_name, reduce_op)
-
-    def reduce_scatter(self, input: Tensor) -> Tensor:
-        """This rank's share of the sum, divided along dim 0. See ``sgl_comm.ops.reduce_scatter``."""
-        return sgl_ops.reduce_scatter(input, self.group_name)
-
-    def all_gather(self, input: Tensor) -> Tensor:
-        """Every rank's ``input`` along dim 0, in rank order. See ``sgl_comm.ops.all_gather``."""
-        return sgl_ops.all_gather(input, self.group_name)
-
-    def cfg_all_reduce(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work:
-        """``all_reduce`` for tensors of any layout. See ``sgl_comm.ops.cfg_all_reduce``."""
-        return sgl_ops.cfg_all_reduce(input, self.group_name, reduce_op, async_op)
-
-    def cfg_all_reduce_(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Work | None:
-        """The same, in place. See ``sgl_comm.ops.cfg_all_reduce_``."""
-        return sgl_ops.cfg_all_reduce_(input, self.group_name, reduce_op, async_op)
-
-    def cfg_broadcast(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work:
-        """Rank ``src``'s ``input``, bit for bit. See ``sgl_comm.ops.cfg_broadcast``."""
-        return sgl_ops.cfg_broadcast(input, src, self.group_name, async_op)
-
-    def cfg_broadcast_(self, input: Tensor, src: int, async_op: bool = False) -> Work | None:
-        """The same, in place. See ``sgl_comm.ops.cfg_broadcast_``."""
-        return sgl_ops.cfg_broadcast_(input, src, self.group_name, async_op)
-
     def check(self) -> None:
         """Raises ``SglCommError`` if an earlier call has failed, on this rank or a peer; makes no call of its own.
 
@@ -190,8 +170,8 @@ class Communicator:
             self._v1.close()
         if self._v2 is not None:
             self._v2.close()
-        elif self.device.type == "cpu" and not _library.cuda_missing:
-            _ops._v2_close(self.group_name)
+        if self._open_on_cuda:
+            _ops._cuda_close(self.group_name, _NO_PROTOCOL)
         self._shm.close()
 
     def __enter__(self) -> Communicator:
@@ -203,10 +183,10 @@ class Communicator:
         self.close()
 
 
-def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tuple[torch.device, str]:
+def _device_of(rendezvous: Rendezvous, device: torch.device | str | int | None) -> tuple[torch.device, str]:
     """The device that is meant, and what is wrong with it or an empty text."""
     if device is None:
-        device = "cuda" if link.backend_for("cuda") == "nccl" and torch.cuda.is_available() else "cpu"
+        device = "cuda" if rendezvous.backend_for("cuda") == "nccl" and torch.cuda.is_available() else "cpu"
     chosen = as_device(device)
     if chosen.type == "cpu":
         return chosen, ""
@@ -218,8 +198,8 @@ def _device_of(link: Rendezvous, device: torch.device | str | int | None) -> tup
     return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index), ""
 
 
-def _forget_dead_group(link: Rendezvous) -> None:
+def _forget_dead_group(rendezvous: Rendezvous) -> None:
     """Closes the communicator of an earlier group of this name: torch gives names like "0" again after a new start."""
-    old = _live.get(link.name)
-    if old is not None and old._group() is not link.group:
+    old = _live.get(rendezvous.name)
+    if old is not None and old._group() is not rendezvous.group:
         old.close()

@@ -1,15 +1,36 @@
-"""Typed one-line wrappers of ``torch.ops.sgl_comm``; their errors are ``SglCommError``."""
+"""The ops of ``torch.ops.sgl_comm`` as typed functions, whose errors are ``SglCommError``.
+
+Below each function stands what compilers need of its op; ``GroupOps`` at the end has the ops as methods of a group.
+What serves an op, by the device of its tensor (``Communicator.explain`` says it for one tensor):
+
+=====================================  =========================  ==========================================
+op                                     CPU                        CUDA
+=====================================  =========================  ==========================================
+``all_reduce``, ``all_reduce_``        shared memory              push, else pull, else NCCL or gloo
+``cfg_all_reduce``, in place (``_``)   shared memory              push, else pull, else NCCL or gloo
+``reduce_scatter``, ``all_gather``     shared memory              push, else NCCL or gloo
+``cfg_broadcast``, in place (``_``)    shared memory              push, else NCCL or gloo
+``tp_attn_all_reduce_and_layernorm``   shared memory, then norm   push and norm in one launch, else one by one
+``custom_all_reduce_v1``               an error                   pull, else an error
+``custom_all_reduce_v2``               an error                   push, else an error
+``grafter_broadcast_``                 shared memory, else gloo   shared memory, else NCCL or gloo
+=====================================  =========================  ==========================================
+
+Where shared memory cannot serve a group, gloo does. Where something is summed, dtypes other than float32, bfloat16 and
+float16, and reduce ops other than "sum", go to NCCL or gloo.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-import sgl_comm._fake  # noqa: F401  (registers the ops and what compilers know of them)
+from sgl_comm import _compiler
+from sgl_comm.backends import open_groups
 from sgl_comm.errors import SglCommError
 from sgl_comm.work import Work, start
 
@@ -22,9 +43,33 @@ def own_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error) is not RuntimeError:
-            raise
-        raise SglCommError(str(error)) from None
+        _raise_own(error)
+
+
+def _raise_own(error: RuntimeError) -> NoReturn:
+    if type(error) is not RuntimeError:
+        raise error
+    raise SglCommError(str(error)) from None
+
+
+def _call(op: torch._ops.OpOverloadPacket, *args: Any, **kwargs: Any) -> Any:
+    """Calls an op; its errors are ``SglCommError`` unless a compiler is tracing."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        _raise_own(error)
+
+
+def _call_or_start(op: torch._ops.OpOverloadPacket, args: tuple[Any, ...], async_op: bool) -> Any:
+    """Calls an op or, with ``async_op``, starts it on a stream of its own and gives its ``Work``."""
+    if not async_op:
+        return _call(op, *args)
+    if torch.compiler.is_compiling():
+        raise SglCommError(f"sgl_comm::{op.__name__}: got async_op=True under torch.compile; expected False")
+    with own_errors():
+        return start(lambda: op(*args), args[0])
 
 
 def all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor:
@@ -45,10 +90,10 @@ def all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum") -> Tensor
     Raises:
         SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time.
     """
-    if torch.compiler.is_compiling():
-        return _ops.all_reduce(input, group_name, reduce_op)
-    with own_errors():
-        return _ops.all_reduce(input, group_name, reduce_op)
+    return _call(_ops.all_reduce, input, group_name, reduce_op)
+
+
+_compiler.fake_like_input("all_reduce")
 
 
 def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
@@ -56,11 +101,79 @@ def all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum") -> None:
 
     Args and errors as for ``all_reduce``; a tensor that overlaps itself (``expand``) is refused unsent.
     """
-    if torch.compiler.is_compiling():
-        _ops.all_reduce_(input, group_name, reduce_op)
-        return
-    with own_errors():
-        _ops.all_reduce_(input, group_name, reduce_op)
+    _call(_ops.all_reduce_, input, group_name, reduce_op)
+
+
+_compiler.in_place_of("all_reduce")
+
+
+def reduce_scatter(input: Tensor, group_name: str) -> Tensor:
+    """This rank's share of the sum of every rank's ``input``, divided along dim 0: the first half of an all-reduce.
+
+    The bits are those of ``all_reduce``'s rows. float32, bfloat16 and float16 are added in fp32 in rank order and
+    rounded once; other dtypes go to NCCL or gloo, which promise no order.
+
+    Args:
+        input: any strides, alike in shape and dtype on all ranks; the size of dim 0 must be a multiple of the group's
+            world size (0 is one); must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+
+    Returns:
+        A new row-major tensor of shape ``[input.size(0) // world_size, ...]``, of the input's dtype and device: rank
+        r's are the r-th rows. It aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: a tensor that cannot be divided, unknown or closed group, bad input, or a peer that died or did
+            not come in time.
+    """
+    return _call(_ops.reduce_scatter, input, group_name)
+
+
+@_compiler.fake("reduce_scatter")
+def _reduce_scatter_fake(input: Tensor, group_name: str) -> Tensor:
+    world = _world_size_for_rows("reduce_scatter", input, group_name)
+    rows = input.size(0)
+    torch._check(
+        rows % world == 0,
+        lambda: (
+            f"sgl_comm::reduce_scatter: got {rows} rows; expected the size of dim 0 to be a multiple of {world},"
+            " the number of ranks"
+        ),
+    )
+    return _compiler.result_of("reduce_scatter", input, (rows // world, *input.shape[1:]))
+
+
+def all_gather(input: Tensor, group_name: str) -> Tensor:
+    """Every rank's ``input``, one after the other along dim 0, in rank order: the second half of an all-reduce.
+
+    Bit for bit, for every dtype, also through NCCL or gloo.
+
+    Args:
+        input: at least one dimension, any strides, alike in shape and dtype on all ranks; must not require grad.
+        group_name: the name of a group given to ``sgl_comm.init``.
+
+    Returns:
+        A new row-major tensor of shape ``[input.size(0) * world_size, ...]``, of the input's dtype and device. It
+        aliases nothing, also at world size 1.
+
+    Raises:
+        SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time.
+    """
+    return _call(_ops.all_gather, input, group_name)
+
+
+@_compiler.fake("all_gather")
+def _all_gather_fake(input: Tensor, group_name: str) -> Tensor:
+    world = _world_size_for_rows("all_gather", input, group_name)
+    return _compiler.result_of("all_gather", input, (input.size(0) * world, *input.shape[1:]))
+
+
+def _world_size_for_rows(op: str, input: Tensor, group_name: str) -> int:
+    """The world size of a group, for the fake of an op that joins or divides rows."""
+    world = open_groups.world_size(op, group_name)
+    if input.dim() == 0:
+        raise RuntimeError(f"sgl_comm::{op}: got a tensor without dimensions; expected at least one dimension")
+    return world
 
 
 def cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work:
@@ -83,7 +196,10 @@ def cfg_all_reduce(input: Tensor, group_name: str, reduce_op: str = "sum", async
             rank refuses leaves the group as it was; one that some ranks refuse and others make ends it, on all, where
             shared memory or this package's kernels serve the call.
     """
-    return _called(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
+    return _call_or_start(_ops.cfg_all_reduce, (input, group_name, reduce_op), async_op)
+
+
+_compiler.fake_like_input("cfg_all_reduce")
 
 
 def cfg_all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum", async_op: bool = False) -> Work | None:
@@ -91,7 +207,10 @@ def cfg_all_reduce_(input: Tensor, group_name: str, reduce_op: str = "sum", asyn
 
     Args, ``Work`` and errors as for ``cfg_all_reduce``; a tensor that overlaps itself (``expand``) is refused unsent.
     """
-    return _called(_ops.cfg_all_reduce_, (input, group_name, reduce_op), async_op)
+    return _call_or_start(_ops.cfg_all_reduce_, (input, group_name, reduce_op), async_op)
+
+
+_compiler.in_place_of("cfg_all_reduce")
 
 
 def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Tensor | Work:
@@ -110,7 +229,10 @@ def cfg_broadcast(input: Tensor, src: int, group_name: str, async_op: bool = Fal
         SglCommError: as for ``cfg_all_reduce``; or ``src`` is no rank of the group. ``src`` does not wait for its
             peers: that one has not come, or has made another call, it may learn in its next call only.
     """
-    return _called(_ops.cfg_broadcast, (input, src, group_name), async_op)
+    return _call_or_start(_ops.cfg_broadcast, (input, src, group_name), async_op)
+
+
+_compiler.fake_like_input("cfg_broadcast")
 
 
 def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = False) -> Work | None:
@@ -119,119 +241,10 @@ def cfg_broadcast_(input: Tensor, src: int, group_name: str, async_op: bool = Fa
     Args, ``Work`` and errors as for ``cfg_broadcast``; a tensor that overlaps itself (``expand``) is refused unsent,
     also on ``src``.
     """
-    return _called(_ops.cfg_broadcast_, (input, src, group_name), async_op)
+    return _call_or_start(_ops.cfg_broadcast_, (input, src, group_name), async_op)
 
 
-def grafter_broadcast_(input: Tensor, src: int, group_name: str) -> None:
-    """Rank ``src``'s ``input`` into the others', bit for bit, between two running systems that ``Grafter`` has joined.
-
-    Args:
-        input: any dtype, device and strides, alike in shape and dtype on all ranks; only ``src``'s values matter.
-        src: a rank of the group, from 0.
-        group_name: the name of one of the grafter's groups.
-
-    Raises:
-        SglCommError: as for ``cfg_broadcast_``; or the call is inside a CUDA graph capture or under ``torch.compile``,
-            since a replay could not meet the other system.
-    """
-    with own_errors():
-        _ops.grafter_broadcast_(input, src, group_name)
-
-
-def _called(op: torch._ops.OpOverloadPacket, args: tuple[Any, ...], async_op: bool) -> Any:
-    if torch.compiler.is_compiling():
-        if async_op:
-            raise SglCommError(f"sgl_comm::{op.__name__}: got async_op=True under torch.compile; expected False")
-        return op(*args)
-    with own_errors():
-        return start(lambda: op(*args), args[0]) if async_op else op(*args)
-
-
-def custom_all_reduce_v1(input: Tensor, group_name: str) -> Tensor:
-    """The sum of every rank's ``input`` by the pull kernels; an error, never a fallback, where they cannot.
-
-    Args:
-        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
-        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
-
-    Returns:
-        A new row-major tensor of the input's shape, dtype and device; the same bits as ``all_reduce``'s.
-
-    Raises:
-        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
-    """
-    if torch.compiler.is_compiling():
-        return _ops.custom_all_reduce_v1(input, group_name)
-    with own_errors():
-        return _ops.custom_all_reduce_v1(input, group_name)
-
-
-def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> Tensor:
-    """The sum of every rank's ``input`` by the push kernels; an error, never a fallback, where they cannot.
-
-    Args:
-        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
-        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
-        algo: "auto"; "one_shot" (all to all) or "two_shot" (each rank sums a part), in pieces where the workspace
-            cannot hold the message; "one_shot_ring" or "two_shot_ring", in pieces whatever the size.
-
-    Returns:
-        A new row-major tensor of the input's shape, dtype and device; the same bits whatever the algorithm.
-
-    Raises:
-        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
-    """
-    if torch.compiler.is_compiling():
-        return _ops.custom_all_reduce_v2(input, group_name, algo)
-    with own_errors():
-        return _ops.custom_all_reduce_v2(input, group_name, algo)
-
-
-def reduce_scatter(input: Tensor, group_name: str) -> Tensor:
-    """This rank's share of the sum of every rank's ``input``, divided along dim 0: the first half of an all-reduce.
-
-    The bits are those of ``all_reduce``'s rows. float32, bfloat16 and float16 are added in fp32 in rank order and
-    rounded once; other dtypes go to NCCL or gloo, which promise no order.
-
-    Args:
-        input: any strides, alike in shape and dtype on all ranks; the size of dim 0 must be a multiple of the group's
-            world size (0 is one); must not require grad.
-        group_name: the name of a group given to ``sgl_comm.init``.
-
-    Returns:
-        A new row-major tensor of shape ``[input.size(0) // world_size, ...]``, of the input's dtype and device: rank
-        r's are the r-th rows. It aliases nothing, also at world size 1.
-
-    Raises:
-        SglCommError: a tensor that cannot be divided, unknown or closed group, bad input, or a peer that died or did
-            not come in time.
-    """
-    if torch.compiler.is_compiling():
-        return _ops.reduce_scatter(input, group_name)
-    with own_errors():
-        return _ops.reduce_scatter(input, group_name)
-
-
-def all_gather(input: Tensor, group_name: str) -> Tensor:
-    """Every rank's ``input``, one after the other along dim 0, in rank order: the second half of an all-reduce.
-
-    Bit for bit, for every dtype, also through NCCL or gloo.
-
-    Args:
-        input: at least one dimension, any strides, alike in shape and dtype on all ranks; must not require grad.
-        group_name: the name of a group given to ``sgl_comm.init``.
-
-    Returns:
-        A new row-major tensor of shape ``[input.size(0) * world_size, ...]``, of the input's dtype and device. It
-        aliases nothing, also at world size 1.
-
-    Raises:
-        SglCommError: unknown or closed group, bad input, or a peer that died or did not come in time.
-    """
-    if torch.compiler.is_compiling():
-        return _ops.all_gather(input, group_name)
-    with own_errors():
-        return _ops.all_gather(input, group_name)
+_compiler.in_place_of("cfg_broadcast")
 
 
 def tp_attn_all_reduce_and_layernorm(
@@ -275,7 +288,118 @@ def tp_attn_all_reduce_and_layernorm(
             that died or did not come in time.
     """
     args = (hidden_states, residual, weight, bias, eps, norm, weight_offset)
-    if torch.compiler.is_compiling():
-        return _ops.tp_attn_all_reduce_and_layernorm(*args, group_name=group_name)
-    with own_errors():
-        return _ops.tp_attn_all_reduce_and_layernorm(*args, group_name=group_name)
+    return _call(_ops.tp_attn_all_reduce_and_layernorm, *args, group_name=group_name)
+
+
+@_compiler.fake("tp_attn_all_reduce_and_layernorm")
+def _tp_attn_all_reduce_and_layernorm_fake(
+    hidden_states: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str = "rms",
+    weight_offset: float = 0.0,
+    *,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    op = "tp_attn_all_reduce_and_layernorm"
+    _compiler.refuse_grad(op, residual, weight, bias)
+    shape = hidden_states.shape
+    return _compiler.result_of(op, hidden_states, shape), hidden_states.new_empty(shape)
+
+
+def custom_all_reduce_v1(input: Tensor, group_name: str) -> Tensor:
+    """The sum of every rank's ``input`` by the pull kernels; an error, never a fallback, where they cannot.
+
+    Args:
+        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
+        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device; the same bits as ``all_reduce``'s.
+
+    Raises:
+        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
+    """
+    return _call(_ops.custom_all_reduce_v1, input, group_name)
+
+
+_compiler.fake_like_input("custom_all_reduce_v1")
+
+
+def custom_all_reduce_v2(input: Tensor, group_name: str, algo: str = "auto") -> Tensor:
+    """The sum of every rank's ``input`` by the push kernels; an error, never a fallback, where they cannot.
+
+    Args:
+        input: a CUDA tensor of float32, bfloat16 or float16, any shape and strides.
+        group_name: the name of a group given to ``sgl_comm.init`` with a CUDA device.
+        algo: "auto"; "one_shot" (all to all) or "two_shot" (each rank sums a part), in pieces where the workspace
+            cannot hold the message; "one_shot_ring" or "two_shot_ring", in pieces whatever the size.
+
+    Returns:
+        A new row-major tensor of the input's shape, dtype and device; the same bits whatever the algorithm.
+
+    Raises:
+        SglCommError: a CPU tensor, another dtype, a group that the kernels do not serve, or a failed communicator.
+    """
+    return _call(_ops.custom_all_reduce_v2, input, group_name, algo)
+
+
+_compiler.fake_like_input("custom_all_reduce_v2")
+
+
+def grafter_broadcast_(input: Tensor, src: int, group_name: str) -> None:
+    """Rank ``src``'s ``input`` into the others', bit for bit, between two running systems that ``Grafter`` has joined.
+
+    Args:
+        input: any dtype, device and strides, alike in shape and dtype on all ranks; only ``src``'s values matter.
+        src: a rank of the group, from 0.
+        group_name: the name of one of the grafter's groups.
+
+    Raises:
+        SglCommError: as for ``cfg_broadcast_``; or the call is inside a CUDA graph capture or under ``torch.compile``,
+            since a replay could not meet the other system.
+    """
+    _call(_ops.grafter_broadcast_, input, src, group_name)
+
+
+_compiler.refuse_compiling("grafter_broadcast_", "as Grafter makes it")
+
+
+class GroupOps:
+    """The ops of one group, whose name its subclass has: what ``Communicator`` offers as methods."""
+
+    group_name: str
+
+    def all_reduce(self, input: Tensor, reduce_op: str = "sum") -> Tensor:
+        """The sum of every rank's ``input``, as a new row-major tensor. See ``sgl_comm.ops.all_reduce``."""
+        return all_reduce(input, self.group_name, reduce_op)
+
+    def all_reduce_(self, input: Tensor, reduce_op: str = "sum") -> None:
+        """``all_reduce`` in place, for any strides. See ``sgl_comm.ops.all_reduce_``."""
+        all_reduce_(input, self.group_name, reduce_op)
+
+    def reduce_scatter(self, input: Tensor) -> Tensor:
+        """This rank's share of the sum, divided along dim 0. See ``sgl_comm.ops.reduce_scatter``."""
+        return reduce_scatter(input, self.group_name)
+
+    def all_gather(self, input: Tensor) -> Tensor:
+        """Every rank's ``input`` along dim 0, in rank order. See ``sgl_comm.ops.all_gather``."""
+        return all_gather(input, self.group_name)
+
+    def cfg_all_reduce(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Tensor | Work:
+        """``all_reduce`` for tensors of any layout. See ``sgl_comm.ops.cfg_all_reduce``."""
+        return cfg_all_reduce(input, self.group_name, reduce_op, async_op)
+
+    def cfg_all_reduce_(self, input: Tensor, reduce_op: str = "sum", async_op: bool = False) -> Work | None:
+        """``cfg_all_reduce`` in place. See ``sgl_comm.ops.cfg_all_reduce_``."""
+        return cfg_all_reduce_(input, self.group_name, reduce_op, async_op)
+
+    def cfg_broadcast(self, input: Tensor, src: int, async_op: bool = False) -> Tensor | Work:
+        """Rank ``src``'s ``input``, bit for bit. See ``sgl_comm.ops.cfg_broadcast``."""
+        return cfg_broadcast(input, src, self.group_name, async_op)
+
+    def cfg_broadcast_(self, input: Tensor, src: int, async_op: bool = False) -> Work | None:
+        """``cfg_broadcast`` in place. See ``sgl_comm.ops.cfg_broadcast_``."""
+        return cfg_broadcast_(input, src, self.group_name, async_op)

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sgl_comm
-from sgl_comm import reference, shm_all_reduce, testing
+from sgl_comm import reference, testing
+from sgl_comm.backends import shm_all_reduce
 from sgl_comm.testing import Layout, Placed, RankContext, run_ranks
 from sgl_comm.work import Work
 

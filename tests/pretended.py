@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgl_comm import _library, capability
-from sgl_comm.capability import Survey
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
-from sgl_comm.gpu_all_reduce import GpuAllReduce
-from sgl_comm.rendezvous import Rendezvous
+from sgl_comm import _library
+from sgl_comm.backends import capability
+from sgl_comm.backends.capability import Survey
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.gpu_all_reduce import GpuAllReduce
+from sgl_comm.backends.rendezvous import Rendezvous
 
 GPU = torch.device("cuda", 0)
 

@@ -39,22 +39,22 @@ def odd_calls(device: torch.device, name: str, call: str) -> dict[str, tuple[Cal
     begin, end = words[call.rstrip("_")]
     other = "broadcast" if call.startswith("all_reduce") else "all_reduce"
     odd: dict[str, tuple[Callable[[], object], str]] = {
-        "shape": (lambda: own(x.view(3, 2), name), f"{begin}Float[3, 2] {on}{end}"),
-        "dimensions": (lambda: own(x.view(6), name), f"{begin}Float[6] {on}{end}"),
-        "dtype": (lambda: own(x.bfloat16(), name), f"{begin}BFloat16[2, 3] {on}{end}"),
-        "op": (lambda: CALLS[other](x, name), f"cfg_{other} of Float[2, 3] {on}"),
-        "grad": (lambda: own(x.clone().requires_grad_(), name), f"Float[2, 3] {on} that requires grad"),
+        "shape": (lambda: own(x.view(3, 2), name), f"{begin}float32[3, 2] {on}{end}"),
+        "dimensions": (lambda: own(x.view(6), name), f"{begin}float32[6] {on}{end}"),
+        "dtype": (lambda: own(x.bfloat16(), name), f"{begin}bfloat16[2, 3] {on}{end}"),
+        "op": (lambda: CALLS[other](x, name), f"cfg_{other} of float32[2, 3] {on}"),
+        "grad": (lambda: own(x.clone().requires_grad_(), name), f"float32[2, 3] {on} that requires grad"),
         "sparse": (lambda: CALLS[call.rstrip("_")](x.to_sparse(), name), "got a tensor without strides"),
     }
     if device.type == "cuda":
-        odd["device"] = (lambda: own(x.cpu(), name), f"{begin}Float[2, 3] on cpu{end}")
+        odd["device"] = (lambda: own(x.cpu(), name), f"{begin}float32[2, 3] on cpu{end}")
     if call.endswith("_"):
         odd["overlap"] = (lambda: own(x[:1].expand(2, 3), name), "in which several elements share memory")
     if call.startswith("broadcast"):
-        odd["src"] = (lambda: ops.cfg_broadcast(x, 1, name), f"cfg_broadcast of Float[2, 3] {on} from rank 1")
+        odd["src"] = (lambda: ops.cfg_broadcast(x, 1, name), f"cfg_broadcast of float32[2, 3] {on} from rank 1")
         odd["no such src"] = (lambda: ops.cfg_broadcast(x, 9, name), "got src 9; expected a rank of the group, 0 to")
     else:
-        odd["reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "max"), f"cfg_all_reduce of Float[2, 3] {on}, max")
+        odd["reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "max"), f"cfg_all_reduce of float32[2, 3] {on}, max")
         odd["no such reduce_op"] = (lambda: ops.cfg_all_reduce(x, name, "mean"), "got reduce_op 'mean'")
     return odd
 
@@ -117,8 +117,8 @@ def differing_settings(ctx: RankContext) -> list[str]:
             patch.setenv("SGLCOMM_CHECK", value if ctx.rank == 1 else "0")
             texts.append(error_text(lambda: sgl_comm.init(group)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
-        patch.setattr("sgl_comm.rendezvous.Rendezvous.backend_for", lambda link, device_type: "none")
+        patch.setattr("sgl_comm.backends.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+        patch.setattr("sgl_comm.backends.rendezvous.Rendezvous.backend_for", lambda link, device_type: "none")
         texts.append(error_text(lambda: sgl_comm.init(group)))
     with sgl_comm.init(group) as comm:
         assert comm.cfg_all_reduce(torch.ones(3)).tolist() == [ctx.world] * 3
@@ -147,7 +147,7 @@ def test_the_same_by_the_own_backend(checking: RankPool) -> None:
 
 def test_what_every_rank_refuses_is_told_as_theirs(checking: RankPool) -> None:
     for text in checking.run(refused_by_all, deadline=60):
-        refusal = r"refused, sgl_comm::cfg_all_reduce_: got Float\[2, 3\] on (cpu|cuda) in which several"
+        refusal = r"refused, sgl_comm::cfg_all_reduce_: got float32\[2, 3\] on (cpu|cuda) in which several"
         assert len(re.findall(refusal, text)) == len(text.split("; rank "))
 
 

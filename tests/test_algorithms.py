@@ -14,10 +14,10 @@ from cases import Ranks, capturing, meet, ranks_on
 from torch import Tensor
 from windows import OPS, SLACK, Rows, as_words, call, compared, differences, input_count
 
-from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.custom_all_reduce_v1 import CustomAllReduceV1
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.thresholds import thresholds_for
 from sgl_comm.testing import RankContext
-from sgl_comm.thresholds import thresholds_for
 
 pytestmark = pytest.mark.gpu
 

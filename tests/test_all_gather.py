@@ -113,7 +113,7 @@ def cause_is_told(ctx: RankContext) -> str:
     """Torch's own error, once its group is gone."""
     group = dist.new_group(list(range(ctx.world)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+        patch.setattr("sgl_comm.backends.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
         comm = sgl_comm.init(group)
     dist.destroy_process_group(group)
     try:
@@ -152,7 +152,7 @@ def test_the_own_backend_serves_where_shared_memory_does_not(ranks: Ranks) -> No
 def test_an_error_of_the_own_backend_is_told() -> None:
     for text in Ranks("cpu", 2).run(cause_is_told):
         assert text.startswith("sgl_comm::all_gather: the fallback to the own backend of group '")
-        assert "(NCCL or gloo) failed on Float[3] on cpu: RuntimeError: Could not resolve the process group" in text
+        assert "(NCCL or gloo) failed on float32[3] on cpu: RuntimeError: Could not resolve the process group" in text
         assert "Exception raised from" not in text
 
 
@@ -167,8 +167,8 @@ def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None
         ("all_gather", 1001, torch.float32, "all_gather of 1001 float32"),
         ("all_gather", 0, torch.float32, "all_gather of 0 float32"),
         ("all_gather", 500_000, torch.float32, "all_gather of 500000 float32"),
-        ("all_gather", 1000, torch.int32, "all_gather of 1000 Int"),
-        ("all_gather", 1000, torch.float8_e5m2, "all_gather of 1000 Float8_e5m2"),
+        ("all_gather", 1000, torch.int32, "all_gather of 1000 int32"),
+        ("all_gather", 1000, torch.float8_e5m2, "all_gather of 1000 float8_e5m2"),
         ("all_reduce", 1000, torch.float32, "all_reduce of 1000 float32"),
     ],
     ids=str,

@@ -87,7 +87,9 @@ def in_a_group_of_some(ctx: RankContext) -> list[str]:
             continue
         with pytest.MonkeyPatch.context() as patch:
             if own_backend:
-                patch.setattr("sgl_comm.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so")
+                patch.setattr(
+                    "sgl_comm.backends.shm_all_reduce.why_not_world_size", lambda world: "the test wants it so"
+                )
             comm = sgl_comm.init(group)
         for src in (0, 1):
             got = comm.cfg_broadcast(torch.full((3,), float(ctx.rank)), src)
@@ -296,8 +298,8 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> Non
     words = {
         "wrong src": f"sgl_comm::cfg_broadcast: got src {ranks.world}; expected a rank of the group, 0 to",
         "negative src": "sgl_comm::cfg_broadcast_: got src -1; expected a rank of the group, 0 to",
-        "grad": "sgl_comm::cfg_broadcast: got Float[4, 3] on cpu that requires grad; expected one that does not",
-        "overlap": "sgl_comm::cfg_broadcast_: got Float[4, 3] on cpu in which several elements share memory",
+        "grad": "sgl_comm::cfg_broadcast: got float32[4, 3] on cpu that requires grad; expected one that does not",
+        "overlap": "sgl_comm::cfg_broadcast_: got float32[4, 3] on cpu in which several elements share memory",
         "sparse": "sgl_comm::cfg_broadcast: got a tensor without strides",
         "unknown group": "sgl_comm::cfg_broadcast: unknown group 'nowhere'; call sgl_comm.init(group) first",
     }
@@ -312,7 +314,7 @@ def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> Non
     ("what", "words"),
     [
         ("count", "called cfg_broadcast of 1001 float32 from rank 0"),
-        ("dtype", "called cfg_broadcast of 1000 Int from rank 0"),
+        ("dtype", "called cfg_broadcast of 1000 int32 from rank 0"),
         ("src", "called cfg_broadcast of 1000 float32 from rank 1"),
         ("op", "called all_gather of 1000 float32"),
         ("refused", "rank 0 has refused a call that rank"),
@@ -322,7 +324,7 @@ def test_ranks_that_differ_all_get_an_error(world: int, what: str, words: str) -
     """At the latest in the next call: the source does not wait for its peers."""
     first, *peers = Ranks("cpu", world).run(errors_where_rank_0_differs, what, deadline=30)
     if what == "refused":
-        assert first.pop(0).startswith("sgl_comm::cfg_broadcast_: got Float[1000] on cpu in which several elements")
+        assert first.pop(0).startswith("sgl_comm::cfg_broadcast_: got float32[1000] on cpu in which several elements")
     for texts in (first, *peers):
         told = next(filter(None, texts))
         assert words in told

@@ -256,9 +256,9 @@ def test_a_row_major_tensor_is_not_copied_and_a_strided_one_is() -> None:
 def test_what_every_rank_refuses_leaves_the_group_as_it_was(ranks: Ranks) -> None:
     words = {
         "reduce_op": "sgl_comm::cfg_all_reduce: got reduce_op 'mean'; expected one of sum, ",
-        "grad": "sgl_comm::cfg_all_reduce_: got Float[4, 3] on cpu that requires grad; expected one that does not",
-        "overlap": "sgl_comm::cfg_all_reduce_: got Float[4, 3] on cpu in which several elements share memory",
-        "async overlap": "sgl_comm::cfg_all_reduce_: got Float[4, 3] on cpu in which several elements share memory",
+        "grad": "sgl_comm::cfg_all_reduce_: got float32[4, 3] on cpu that requires grad; expected one that does not",
+        "overlap": "sgl_comm::cfg_all_reduce_: got float32[4, 3] on cpu in which several elements share memory",
+        "async overlap": "sgl_comm::cfg_all_reduce_: got float32[4, 3] on cpu in which several elements share memory",
         "sparse": "sgl_comm::cfg_all_reduce: got a tensor without strides",
         "unknown group": "sgl_comm::cfg_all_reduce: unknown group 'nowhere'; call sgl_comm.init(group) first",
     }

@@ -15,15 +15,15 @@ from pretended import NO_ACCESS, NO_NVLINK, SURVEYS, on_gpu, pretended_gpu
 from torch import Tensor
 
 import sgl_comm
-from sgl_comm import capability
-from sgl_comm.capability import Survey
-from sgl_comm.custom_all_reduce_v1 import DEFAULT_MAX_SIZE, CustomAllReduceV1
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2, default_max_size
-from sgl_comm.explanation import Explanation
-from sgl_comm.gpu_all_reduce import MIN_MAX_SIZE
-from sgl_comm.rendezvous import Rendezvous
+from sgl_comm.backends import capability
+from sgl_comm.backends.capability import Survey
+from sgl_comm.backends.custom_all_reduce_v1 import DEFAULT_MAX_SIZE, CustomAllReduceV1
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2, default_max_size
+from sgl_comm.backends.explanation import Explanation
+from sgl_comm.backends.gpu_all_reduce import MIN_MAX_SIZE
+from sgl_comm.backends.rendezvous import Rendezvous
+from sgl_comm.backends.thresholds import ALL_SIZES, Thresholds, supported_world_sizes
 from sgl_comm.testing import RankContext, run_ranks
-from sgl_comm.thresholds import ALL_SIZES, Thresholds, supported_world_sizes
 
 KIB, MIB = 1 << 10, 1 << 20
 TINY = Thresholds(one_shot_bytes=1 * KIB, ring_bytes=ALL_SIZES, fallback_bytes=4 * KIB)
@@ -32,7 +32,7 @@ TINY = Thresholds(one_shot_bytes=1 * KIB, ring_bytes=ALL_SIZES, fallback_bytes=4
 @contextmanager
 def tiny_thresholds() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda world, compute_capability: TINY)
+        patch.setattr("sgl_comm.backends.gpu_all_reduce.thresholds_for", lambda world, compute_capability: TINY)
         yield
 
 
@@ -292,7 +292,9 @@ def chosen_on_gpus(ctx: RankContext, survey: str) -> Chosen:
     with pytest.MonkeyPatch.context() as patch:
         if survey != "v2":
             patch.setattr(capability, "survey", lambda link, device: SURVEYS[survey])
-        patch.setattr("sgl_comm.gpu_all_reduce.thresholds_for", lambda *_: Thresholds(2 * MIB, ALL_SIZES, ALL_SIZES))
+        patch.setattr(
+            "sgl_comm.backends.gpu_all_reduce.thresholds_for", lambda *_: Thresholds(2 * MIB, ALL_SIZES, ALL_SIZES)
+        )
         with log_lines(lines):
             comm = sgl_comm.init(group, ctx.device)
     explanations = {name: comm.explain(x, reduce_op) for name, (x, reduce_op) in tensors.items()}
@@ -393,7 +395,7 @@ def test_what_gloo_alone_can_serve_is_refused_in_a_capture(survey: str) -> None:
             assert "inside a CUDA graph capture" in text, (rank, name, text)
             assert "only gloo serves it" in text, (rank, name, text)
             assert "expected a call outside the capture, or a group with NCCL" in text, (rank, name, text)
-            reason = REASONS[survey].partition(";")[0] or "the kernels sum float32, bfloat16 and float16"
+            reason = REASONS[survey].partition(";")[0] or "the kernels sum float32, bfloat16 or float16"
             assert reason in text, (rank, name, text)
 
 

@@ -16,7 +16,7 @@ from cases import AllGather, AllReduce, ReduceScatter, error_of, interleaved, su
 
 import sgl_comm
 from sgl_comm import SglCommError
-from sgl_comm.rendezvous import Rendezvous
+from sgl_comm.backends.rendezvous import Rendezvous
 from sgl_comm.testing import RankContext, RankPool, run_ranks
 
 
@@ -155,7 +155,7 @@ def test_an_input_that_requires_grad_is_refused_unless_grad_mode_is_off() -> Non
             "all_reduce_": lambda: torch.ops.sgl_comm.all_reduce_(x, name),
         }
         for op in calls:
-            text = f"sgl_comm::{op}: got Float[4] on cpu that requires grad; expected one that does not"
+            text = f"sgl_comm::{op}: got float32[4] on cpu that requires grad; expected one that does not"
             assert error_of(calls[op]).startswith(f"SglCommError: {text}")
             assert error_of(through_ops[op]).startswith(f"RuntimeError: {text}")
             for off in (torch.no_grad, torch.inference_mode):
@@ -194,7 +194,7 @@ def test_errors_have_one_text_through_both_doors() -> None:
             (
                 lambda: sgl_comm.ops.all_reduce_(overlapping, name),
                 lambda: torch.ops.sgl_comm.all_reduce_(overlapping, name),
-                "sgl_comm::all_reduce_: got Float[3, 4] on cpu in which several elements share memory (expand);",
+                "sgl_comm::all_reduce_: got float32[3, 4] on cpu in which several elements share memory (expand);",
             ),
         ):
             assert error_as_sent(wrapper).startswith(f"SglCommError: {expected}")
@@ -412,12 +412,12 @@ def test_ranks_with_different_kinds_of_device_are_refused_together() -> None:
 
 
 def test_a_group_that_is_still_being_initialised_serves_no_call() -> None:
-    torch.ops.sgl_comm._group_open("half made", 0, 1)
+    torch.ops.sgl_comm._shm_open("half made", 0, 1)
     try:
         with pytest.raises(RuntimeError, match="all_reduce: group 'half made' is still being initialised"):
             torch.ops.sgl_comm.all_reduce(torch.ones(1), "half made")
     finally:
-        torch.ops.sgl_comm._group_close("half made")
+        torch.ops.sgl_comm._shm_close("half made")
 
 
 def test_a_tensor_without_strides_is_refused(alone: None) -> None:

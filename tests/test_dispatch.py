@@ -13,12 +13,13 @@ import torch.distributed as dist
 from cases import error_text
 
 import sgl_comm
-from sgl_comm import SglCommError, _library, capability, dispatch, thresholds, transfer_check
-from sgl_comm.capability import Link, Survey
-from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
-from sgl_comm.rendezvous import Rendezvous
-from sgl_comm.shm_all_reduce import ShmAllReduce
+from sgl_comm import SglCommError, _library
+from sgl_comm.backends import capability, dispatch, thresholds, transfer_check
+from sgl_comm.backends.capability import PeerAccess, Survey
+from sgl_comm.backends.custom_all_reduce_v1 import CustomAllReduceV1
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.rendezvous import Rendezvous
+from sgl_comm.backends.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, RankPool, run_ranks
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -136,7 +137,9 @@ def faked(box: Box, rank: int) -> Iterator[torch.device]:
         patch.setattr(_library, "cuda_missing", box.missing[rank] if box.missing else "")
         patch.setattr(capability, "host_id", lambda: box.hosts[rank] if box.hosts else "host")
         patch.setattr(capability, "device_uuid", uuid)
-        patch.setattr(capability, "_cuda_link", lambda a, b: 0 if a == b else 1 if among(box.no_nvlink, a, b) else 2)
+        patch.setattr(
+            capability, "_cuda_peer_access", lambda a, b: 0 if a == b else 1 if among(box.no_nvlink, a, b) else 2
+        )
         patch.setattr(torch.cuda, "device_count", lambda: len(visible))
         patch.setattr(torch.cuda, "current_device", lambda: visible.index(own))
         patch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a != b and not among(box.no_access, a, b))
@@ -188,18 +191,20 @@ def test_no_peer_access_leaves_neither() -> None:
 def test_links_as_one_process_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
     uuids = [f"uuid-{index}" for index in (0, 1, 2, 3, 9)]
     with faked(Box((0, 3), no_nvlink=((0, 1),), no_access=((0, 2),)), 0) as device:
-        found = capability.links(device, uuids)
-        assert found == [Link.SAME, Link.PEER, Link.NONE, Link.NVLINK, Link.UNSEEN]
+        found = capability.peer_access(device, uuids)
+        assert found == [PeerAccess.SAME, PeerAccess.PEER, PeerAccess.NONE, PeerAccess.NVLINK, PeerAccess.UNSEEN]
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
-        assert capability.links(device, uuids)[3] is Link.NONE  # one way is not enough
+        assert capability.peer_access(device, uuids)[3] is PeerAccess.NONE  # one way is not enough
 
 
 def test_what_one_rank_does_not_see_another_may() -> None:
     def sees(rank: int) -> str:
-        return "".join(kind.value for kind in ((Link.SAME, Link.UNSEEN), (Link.NONE, Link.SAME))[rank])
+        return "".join(
+            kind.value for kind in ((PeerAccess.SAME, PeerAccess.UNSEEN), (PeerAccess.NONE, PeerAccess.SAME))[rank]
+        )
 
     assert "rank 0 and rank 1" in capability._why_not_access([sees(0), sees(1)])
-    assert capability._why_not_access([sees(0), Link.NVLINK.value + Link.SAME.value]) == ""
+    assert capability._why_not_access([sees(0), PeerAccess.NVLINK.value + PeerAccess.SAME.value]) == ""
 
 
 def test_two_hosts_leave_neither() -> None:
@@ -222,10 +227,10 @@ def test_bytes_that_do_not_pass_leave_neither() -> None:
     [
         ("host_id", "its host cannot be told"),
         ("device_uuid", "its GPU cannot be told"),
-        ("links", "its GPU's links cannot be told"),
-        ("device_count", "its GPU's links cannot be told"),
-        ("can_device_access_peer", "its GPU's links cannot be told"),
-        ("_cuda_link", "its GPU's links cannot be told"),
+        ("peer_access", "its GPU's peer access cannot be told"),
+        ("device_count", "its GPU's peer access cannot be told"),
+        ("can_device_access_peer", "its GPU's peer access cannot be told"),
+        ("_cuda_peer_access", "its GPU's peer access cannot be told"),
     ],
 )
 def test_a_probe_that_raises_on_one_rank_is_a_reason_on_all(probe: str, failing: str) -> None:

@@ -9,10 +9,10 @@ from cases import capturing, error_text, meet
 from pretended import NO_ACCESS, NO_NVLINK, SURVEYS, on_gpu, pretended_gpu
 from torch import Tensor
 
-from sgl_comm.custom_all_reduce_v1 import CustomAllReduceV1
-from sgl_comm.custom_all_reduce_v2 import CustomAllReduceV2
-from sgl_comm.gpu_all_reduce import GpuAllReduce
-from sgl_comm.shm_all_reduce import ShmAllReduce
+from sgl_comm.backends.custom_all_reduce_v1 import CustomAllReduceV1
+from sgl_comm.backends.custom_all_reduce_v2 import CustomAllReduceV2
+from sgl_comm.backends.gpu_all_reduce import GpuAllReduce
+from sgl_comm.backends.shm_all_reduce import ShmAllReduce
 from sgl_comm.testing import RankContext, run_ranks
 
 CLASSES = {"v1": CustomAllReduceV1, "v2": CustomAllReduceV2, "shm": ShmAllReduce}

@@ -15,8 +15,9 @@ from torch import Tensor
 from windows import Pools, Rows, assert_none_wrong, call, compared, differences
 
 import sgl_comm
-from sgl_comm import capability, reference
-from sgl_comm.capability import Survey
+from sgl_comm import reference
+from sgl_comm.backends import capability
+from sgl_comm.backends.capability import Survey
 from sgl_comm.testing import RankContext, run_ranks
 
 MIB = 1 << 20

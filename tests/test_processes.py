@@ -53,9 +53,9 @@ def reopened_in_a_child(ctx: RankContext) -> int:
     child = os.fork()
     if child == 0:
         try:
-            torch.ops.sgl_comm._group_open("0", 0, 1)
+            torch.ops.sgl_comm._shm_open("0", 0, 1)
             torch.ops.sgl_comm._shm_settle("0", False)
-            torch.ops.sgl_comm._group_close("0")
+            torch.ops.sgl_comm._shm_close("0")
             os._exit(7)
         finally:
             os._exit(1)

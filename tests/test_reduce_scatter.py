@@ -162,7 +162,7 @@ def test_the_own_backend_serves_where_shared_memory_does_not(ranks: Ranks) -> No
 def test_an_error_of_the_own_backend_is_told() -> None:
     for text in Ranks("cpu", 2).run(refused_for_a_dtype):
         assert text.startswith("sgl_comm::reduce_scatter: the fallback to the own backend of group '0' (NCCL or gloo)")
-        assert "failed on Short[2] on cpu: RuntimeError: " in text
+        assert "failed on int16[2] on cpu: RuntimeError: " in text
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None:
@@ -170,7 +170,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None
     expected = dict(REFUSALS)
     if ranks.world > 1:
         expected["rows"] = f"; expected the size of dim 0 to be a multiple of {ranks.world}, the number of ranks"
-        assert f"got Float[{ranks.world + 1}, 2] on c" in results[0]["rows"]
+        assert f"got float32[{ranks.world + 1}, 2] on c" in results[0]["rows"]
     assert_refused("reduce_scatter", ranks.world, results, expected)
 
 
@@ -185,7 +185,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(ranks: Ranks) -> None
         ("all_reduce", 1000, torch.float32, "all_reduce of 1000 float32"),
         ("all_reduce", 500_000, torch.float16, "all_reduce of 500000 float16"),
         ("all_gather", 1000, torch.float32, "all_gather of 1000 float32"),
-        ("all_gather", 1000, torch.bool, "all_gather of 1000 Bool"),
+        ("all_gather", 1000, torch.bool, "all_gather of 1000 bool"),
     ],
     ids=str,
 )

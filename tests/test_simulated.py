@@ -14,8 +14,8 @@ from cases import layouts_of_ranks
 
 import sgl_comm
 from sgl_comm import reference
+from sgl_comm.backends.thresholds import thresholds_for
 from sgl_comm.testing import SimulatedRank, assert_bits_equal, capture_simulated, make_simulated, special_values
-from sgl_comm.thresholds import thresholds_for
 
 pytestmark = pytest.mark.gpu
 
@@ -232,7 +232,7 @@ def test_a_tensor_of_another_gpu_is_refused_and_counted(cfg: Call, monkeypatch: 
     x, other = torch.ones(1000, device="cuda:0"), torch.ones(1000, device="cuda:1")
     with make_simulated(2) as ranks:
         for rank in ranks:
-            with pytest.raises(RuntimeError, match=r"got Float\[1000\] on cuda:1; expected device cuda:0"):
+            with pytest.raises(RuntimeError, match=r"got float32\[1000\] on cuda:1; expected device cuda:0"):
                 cfg(other, rank.group_name)
         assert all(output.eq(2).all() for output in call_all(ranks, [x, x], SUMS["all_reduce"]))
         with pytest.raises(RuntimeError, match="expected device cuda:0"):
@@ -247,7 +247,7 @@ def test_what_one_rank_refuses_ends_the_group_and_no_sum_is_wrong(name: str, mon
     x = torch.ones(1000, device="cuda")
     with make_simulated(2) as ranks:
         for rank in ranks if name == "v1" else []:
-            ops._v2_settle(rank.group_name, False, "the test wants it so")
+            ops._cuda_settle(rank.group_name, "push", False, "the test wants it so")
         (first,) = call_all(ranks[1:], [x * 5], ops.cfg_all_reduce)
         with pytest.raises(RuntimeError, match="several elements share memory"):
             ops.cfg_all_reduce_(overlapping(x), ranks[0].group_name)
@@ -272,7 +272,7 @@ def test_refusals_of_different_calls_are_told_apart(apart: bool, v1: bool, monke
 
     with make_simulated(2) as ranks:
         for rank in ranks if v1 else []:
-            ops._v2_settle(rank.group_name, False, "the test wants it so")
+            ops._cuda_settle(rank.group_name, "push", False, "the test wants it so")
         refuse(ranks[0])
         if apart:
             call_all(ranks[1:], [x], ops.cfg_all_reduce)
@@ -318,8 +318,8 @@ def test_the_norm_has_the_bits_of_the_oracle(one_shot_bytes: int, dtype: torch.d
 def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
     with make_simulated(4, max_size=1 << 19, one_shot_bytes=one_shot_bytes) as ranks:
         plain, ring = ("one_shot", "one_shot_ring") if one_shot_bytes > 1 << 20 else ("two_shot", "two_shot_ring")
-        assert ops._v2_algorithm(ranks[0].group_name, 4096) == plain
-        assert ops._v2_algorithm(ranks[0].group_name, 64 << 20) == ring
+        assert ops._cuda_algorithm(ranks[0].group_name, 4096) == plain
+        assert ops._cuda_algorithm(ranks[0].group_name, 64 << 20) == ring
         for count in (5000, (1 << 20) + 3):
             inputs = inputs_of(4, count, torch.bfloat16)
             for output in call_all(ranks, inputs, SUMS["all_reduce"]):
@@ -329,7 +329,7 @@ def test_the_threshold_chooses_and_the_bits_stay(one_shot_bytes: int) -> None:
 def test_a_ring_serves_what_would_fit_where_it_is_faster() -> None:
     world, limit = 4, thresholds_for(4, torch.cuda.get_device_capability()).ring_bytes
     with make_simulated(world) as ranks:
-        chosen = [ops._v2_algorithm(ranks[0].group_name, num_bytes) for num_bytes in (limit, limit + 2)]
+        chosen = [ops._cuda_algorithm(ranks[0].group_name, num_bytes) for num_bytes in (limit, limit + 2)]
         assert chosen == ["two_shot", "two_shot_ring"]
         for count in (limit // 2, limit // 2 + 1):
             inputs = inputs_of(world, count, torch.bfloat16)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgl_comm import capability, transfer_check
-from sgl_comm.rendezvous import Rendezvous
+from sgl_comm.backends import capability, transfer_check
+from sgl_comm.backends.rendezvous import Rendezvous
 from sgl_comm.testing import RankContext, run_ranks
 
 # The real child, but its GPU's memory is in files, and one thing is wrong on rank 1 ("" for nothing).
 CHILD_WITH_FILES = """
 import mmap, os, signal, sys, time
 sys.path.insert(0, {package!r})
-import _transfer_child as child
+import transfer_child as child
 
 WRONG, FOLDER = {wrong!r}, {folder!r}
 

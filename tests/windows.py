@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import sgl_comm
-from sgl_comm import _fake, reference, testing
+from sgl_comm import reference, testing
+from sgl_comm.backends import open_groups
 from sgl_comm.testing import RankPool
 
 V2_ALGORITHMS = ("auto", "one_shot", "two_shot", "one_shot_ring", "two_shot_ring")
@@ -36,7 +37,9 @@ def call(op: str, x: Tensor, group_name: str) -> Tensor:
     if op == "all_gather":
         return sgl_comm.ops.all_gather(x, group_name)
     if op == "broadcast":
-        return sgl_comm.ops.cfg_broadcast(x, _source(x.numel(), _fake.world_sizes[group_name]), group_name)
+        return sgl_comm.ops.cfg_broadcast(
+            x, _source(x.numel(), open_groups.world_size("cfg_broadcast", group_name)), group_name
+        )
     if op == "norm":
         rows = x.view(-1, _row_length(x.numel()))
         norm = sgl_comm.ops.tp_attn_all_reduce_and_layernorm

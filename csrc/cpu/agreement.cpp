@@ -19,12 +19,13 @@ using Bytes = std::vector<char>;
 
 std::string text_of(const char* bytes) { return std::string(bytes, strnlen(bytes, kTextBytes)); }
 
-// Every rank's text, in rank order; a step of its own.
-std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& group, const std::string& text) {
+// Every rank's text, in rank order. It is a step of its own in shared memory.
+std::vector<std::string> texts_of_ranks(const char* op, const GroupPtr& group, const std::string& text) {
   Bytes mine(kTextBytes);
   std::copy_n(text.data(), std::min(text.size(), kTextBytes), mine.data());
   std::vector<std::string> texts;
-  if (group->communicator == nullptr) {
+  ShmCommunicator* const comm = group->shm.serving();
+  if (comm == nullptr) {
     const Tensor sent = torch::stable::from_blob(mine.data(), {static_cast<int64_t>(kTextBytes)}, {1},
                                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                                  torch::headeronly::ScalarType::Byte);
@@ -33,19 +34,18 @@ std::vector<std::string> texts_of_ranks(const char* op, const Groups::GroupPtr& 
     for (int r = 0; r < group->world; ++r) texts.push_back(text_of(received + r * kTextBytes));
     return texts;
   }
-  ShmCommunicator& comm = *group->communicator;
-  const auto turn = comm.begin(op, {Call::Kind::kCompareCalls, torch::headeronly::ScalarType::Byte, kTextBytes});
-  comm.next_step();
-  std::memcpy(comm.slot(comm.rank()), mine.data(), kTextBytes);
-  comm.arrive();
-  comm.await_arrivals();
-  for (int r = 0; r < comm.world(); ++r) texts.push_back(text_of(reinterpret_cast<const char*>(comm.slot(r))));
+  const auto turn = comm->begin(op, {Op::kCompareCalls, torch::headeronly::ScalarType::Byte, kTextBytes});
+  comm->next_step();
+  std::memcpy(comm->slot(comm->rank()), mine.data(), kTextBytes);
+  comm->arrive();
+  comm->await_arrivals();
+  for (int r = 0; r < comm->world(); ++r) texts.push_back(text_of(reinterpret_cast<const char*>(comm->slot(r))));
   return texts;
 }
 
 }  // namespace
 
-std::string compare_calls(const char* op, const Groups::GroupPtr& group, const std::string& text, bool refused) {
+std::string compare_calls(const char* op, const GroupPtr& group, const std::string& text, bool refused) {
   const std::vector<std::string> texts = texts_of_ranks(op, group, (refused ? "refused, " : "") + text);
   const bool alike = std::all_of(texts.begin(), texts.end(), [&](const std::string& t) { return t == texts[0]; });
   if (alike && !refused) return "";
@@ -58,7 +58,7 @@ std::string compare_calls(const char* op, const Groups::GroupPtr& group, const s
 
 namespace {
 
-// For calls of other devices' tensors.
+// compare_calls() as an op, for calls of tensors of other devices.
 std::string compare_calls_of(const Text& group_name, const Text& op, const Text& text, bool refused) {
   return compare_calls(op.c_str(), groups().find(op.c_str(), group_name), text, refused);
 }

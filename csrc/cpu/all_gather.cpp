@@ -1,4 +1,4 @@
-// all_gather between the processes of one host, through shared memory.
+// all_gather between the processes of one host, through shared memory; by the fallback for other devices.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 #include "cpu/groups.h"
 #include "fallback.h"
-#include "inference_only.h"
+#include "input_checks.h"
 #include "rows.h"
 #include "tensor.h"
 #include "text.h"
@@ -25,15 +25,15 @@ void gather(ShmCommunicator& comm, const std::byte* in, std::byte* out, size_t b
   size_t first = 0;
   do {
     const size_t length = std::min(ShmCommunicator::kSlotBytes, bytes - first);
-    const auto place = [&](int rank) { return out + rank * bytes + first; };
+    const auto shard = [&](int rank) { return out + rank * bytes + first; };
     comm.next_step();
     std::memcpy(comm.slot(comm.rank()), in + first, length);
     comm.arrive();
-    std::memcpy(place(comm.rank()), in + first, length);  // while the peers copy in theirs
+    std::memcpy(shard(comm.rank()), in + first, length);  // while the peers copy in theirs
     for (int next = 1; next < comm.world(); ++next) {
       const int peer = (comm.rank() + next) % comm.world();
       comm.await_arrival(peer);
-      std::memcpy(place(peer), comm.slot(peer), length);
+      std::memcpy(shard(peer), comm.slot(peer), length);
     }
     first += length;
   } while (first < bytes);
@@ -41,16 +41,16 @@ void gather(ShmCommunicator& comm, const std::byte* in, std::byte* out, size_t b
 
 Tensor all_gather(const Tensor& input, const Text& group_name) {
   constexpr const char* kOp = "all_gather";
-  check_strided(kOp, input);
-  check_inference_only(kOp, input);
+  check_input(kOp, input);
   const auto group = groups().find(kOp, group_name);
-  if (group->communicator == nullptr) return fallback::all_gather(kOp, input, group_name, group->world);
+  ShmCommunicator* const comm = group->shm.serving();
+  if (comm == nullptr || !input.is_cpu()) return fallback::all_gather(kOp, input, group_name, group->world);
   Tensor out = empty_row_major(kOp, input, gathered_sizes(kOp, input, group->world).data());
   const Tensor in = row_major(input);
   const auto count = static_cast<size_t>(in.numel());
-  const auto turn = group->communicator->begin(kOp, {Call::Kind::kAllGather, in.scalar_type(), count});
-  gather(*group->communicator, static_cast<const std::byte*>(in.const_data_ptr()),
-         static_cast<std::byte*>(out.mutable_data_ptr()), count * in.element_size());
+  const auto turn = comm->begin(kOp, {Op::kAllGather, in.scalar_type(), count});
+  gather(*comm, static_cast<const std::byte*>(in.const_data_ptr()), static_cast<std::byte*>(out.mutable_data_ptr()),
+         count * in.element_size());
   return out;
 }
 
@@ -59,3 +59,8 @@ Tensor all_gather(const Tensor& input, const Text& group_name) {
 }  // namespace sgl_comm::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CPU, m) { m.impl("all_gather", TORCH_BOX(&sgl_comm::cpu::all_gather)); }
+
+// Devices without a form of their own.
+STABLE_TORCH_LIBRARY_IMPL(sgl_comm, CompositeExplicitAutograd, m) {
+  m.impl("all_gather", TORCH_BOX(&sgl_comm::cpu::all_gather));
+}

@@ -6,7 +6,7 @@
 
 namespace sgl_comm::cpu {
 
-// `buffer` is row-major: read on rank src, written on the others. The source does not wait for its peers.
-void broadcast(const char* op, ShmCommunicator& comm, Call::Kind kind, int64_t src, Tensor& buffer);
+// `memory` is row-major: read on rank src, written on the others. The source does not wait for its peers.
+void broadcast(const char* op, ShmCommunicator& comm, Op id, int64_t src, Tensor& memory);
 
 }  // namespace sgl_comm::cpu

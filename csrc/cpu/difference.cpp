@@ -68,7 +68,7 @@ struct Float16 {
   static SGL_INLINE uint32_t ulp(Word a, Word b) { return values_apart<uint32_t, Bits>(a, b); }
 };
 
-// Of a block: right as long as squares_are_right(); else it must be done slowly.
+// The difference of one block: right as long as squares_are_right(); else the block must be compared slowly.
 struct BlockSums {
   float theirs_squared, ours_squared, difference_squared, max_abs;
   uint32_t max_ulp, differing;

@@ -8,7 +8,7 @@
 
 namespace sgl_comm {
 
-// Of pairs (theirs, ours). Sums and maxima are of those pairs alone in which both are finite.
+// What a comparison finds over pairs (theirs, ours). Sums and maxima cover only pairs in which both are finite.
 struct Difference {
   int64_t finite = 0;     // pairs in which both are
   int64_t differing = 0;  // pairs whose bits are not the same
@@ -18,7 +18,7 @@ struct Difference {
   double max_ulp = 0;  // in representable values of the dtype; 0 for integers
 };
 
-// The same of the pairs of both.
+// What a comparison of all the pairs of both would have found.
 Difference operator+(const Difference& a, const Difference& b);
 
 // float32, bfloat16, float16, float64 or int64. Rounding: squares of the three short floats are added in fp32 in groups

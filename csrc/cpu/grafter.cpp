@@ -12,7 +12,7 @@
 #include "cpu/broadcast.h"
 #include "cpu/difference.h"
 #include "cpu/groups.h"
-#include "cpu/parts.h"
+#include "cpu/parallel_for.h"
 #include "fallback.h"
 #include "tensor.h"
 #include "text.h"
@@ -36,17 +36,17 @@ Tensor empty_on_host(const Tensor& like) {
   return torch::stable::empty(sizes, like.scalar_type());
 }
 
-// The receivers look at a segment while the next ones are under way.
-constexpr int64_t kSegmentBytes = 8 << 20;
+// The receivers look at a piece while the next ones are under way.
+constexpr int64_t kPieceBytes = 8 << 20;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Waits of the group end that many seconds from now at the latest.
+// Waits of the group end at the latest so many seconds from now.
 void limit_waits(const Text& group_name, double seconds) {
   const auto group = groups().find("grafter_broadcast_", group_name);
-  group->waits_end_at = now() + seconds;
-  if (group->communicator != nullptr) {
-    group->communicator->limit_waits(seconds, "the grafter's timeout");
+  groups().change(group_name, [&](Group& changed) { changed.waits_end_at = now() + seconds; });
+  if (group->shm.serving() != nullptr) {
+    group->shm.serving()->limit_waits(seconds, "the grafter's timeout");
   } else {
     fallback::limit_waits("grafter_broadcast_", group->name, seconds);
   }
@@ -55,95 +55,95 @@ void limit_waits(const Text& group_name, double seconds) {
 const std::byte* data_of(const Tensor& tensor) { return static_cast<const std::byte*>(tensor.const_data_ptr()); }
 std::byte* data_of(Tensor& tensor) { return static_cast<std::byte*>(tensor.mutable_data_ptr()); }
 
-// A smaller tensor passes through the slots sooner than by way of its source's room.
-constexpr int64_t kLeastInRoom = 2 << 20;
+// A smaller tensor passes through the slots sooner than through a segment of its own.
+constexpr int64_t kLeastForSegment = 2 << 20;
 
-// The source lays its tensor into its room and goes on once all have come; come(theirs) is called on the others. False
-// where the source has no room to lay it in: then nothing has moved.
-template <typename Come>
-bool move_by_room(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Come&& come) {
+// The source copies its tensor into a segment and goes on once all ranks have arrived; arrived(theirs) is called on the
+// others, with the segment's memory. False where the source cannot make a segment: then nothing has moved.
+template <typename Arrived>
+bool move_by_segment(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Arrived&& arrived) {
   const auto count = static_cast<uint64_t>(host.numel());
   const int source = static_cast<int>(src);
-  const auto turn =
-      comm.begin(op, {Call::Kind::kGrafterBroadcast, host.scalar_type(), count, static_cast<uint8_t>(src)});
+  const auto turn = comm.begin(op, {Op::kGrafterBroadcast, host.scalar_type(), count, static_cast<uint8_t>(src)});
   comm.next_step();
   SegmentHandle handle;
-  bool has_room = false;
+  bool has_segment = false;
   std::string reason;
   if (comm.rank() == source) {
     const auto bytes = static_cast<size_t>(num_bytes(host));
-    handle = comm.rooms().make(source, bytes);
-    has_room = handle.descriptor >= 0;
-    if (has_room) copy_bytes(data_of(std::as_const(host)), comm.rooms().data(source), bytes);
+    handle = comm.tensor_segments().make(source, bytes);
+    has_segment = handle.descriptor >= 0;
+    if (has_segment) copy_bytes(data_of(std::as_const(host)), comm.tensor_segments().data(source), bytes);
     std::memcpy(comm.slot(source), &handle, sizeof handle);
     comm.arrive();
   } else {
     comm.arrive();
     comm.await_arrival(source);
     std::memcpy(&handle, comm.slot(source), sizeof handle);
-    has_room = handle.descriptor >= 0;
-    if (has_room) reason = comm.rooms().find(source, handle);
-    if (has_room && reason.empty()) come(comm.rooms().data(source));
+    has_segment = handle.descriptor >= 0;
+    if (has_segment) reason = comm.tensor_segments().attach(source, handle);
+    if (has_segment && reason.empty()) arrived(comm.tensor_segments().data(source));
   }
   comm.await_later();
   comm.next_step();
   comm.arrive();
   comm.await_later();
   SGL_CHECK(reason.empty(), op, ": the memory in which rank ", src, " has its tensor cannot be reached, ", reason);
-  return has_room;
+  return has_segment;
 }
 
-template <typename Come>
-void move_host_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Come&& come) {
-  if (num_bytes(host) >= kLeastInRoom && move_by_room(op, comm, src, host, come)) return;
-  broadcast(op, comm, Call::Kind::kGrafterBroadcast, src, host);
-  if (comm.rank() != src) come(data_of(std::as_const(host)));
+template <typename Arrived>
+void move_host_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& host, Arrived&& arrived) {
+  if (num_bytes(host) >= kLeastForSegment && move_by_segment(op, comm, src, host, arrived)) return;
+  broadcast(op, comm, Op::kGrafterBroadcast, src, host);
+  if (comm.rank() != src) arrived(data_of(std::as_const(host)));
 }
 
 // A tensor of another device goes by way of the host's memory.
-template <typename Come>
-void move_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& buffer, Come&& come) {
-  const int64_t bytes = num_bytes(buffer);
-  if (buffer.is_cpu()) {
-    move_host_by_shm(op, comm, src, buffer, [&](const std::byte* theirs) { come(theirs, 0, bytes); });
+template <typename Arrived>
+void move_by_shm(const char* op, ShmCommunicator& comm, int64_t src, Tensor& tensor, Arrived&& arrived) {
+  const int64_t bytes = num_bytes(tensor);
+  if (tensor.is_cpu()) {
+    move_host_by_shm(op, comm, src, tensor, [&](const std::byte* theirs) { arrived(theirs, 0, bytes); });
     return;
   }
-  Tensor host = empty_on_host(buffer);
-  if (comm.rank() == src) torch::stable::copy_(host, buffer);
+  Tensor host = empty_on_host(tensor);
+  if (comm.rank() == src) torch::stable::copy_(host, tensor);
   move_host_by_shm(op, comm, src, host, [&](const std::byte* theirs) {
     if (theirs != data_of(std::as_const(host))) copy_bytes(theirs, data_of(host), bytes);
-    torch::stable::copy_(buffer, host);
+    torch::stable::copy_(tensor, host);
   });
 }
 
-// `buffer` is row-major. On the receivers come(theirs, first, last) is told of all bytes, in order, when they have
-// come: theirs is the memory in which the whole tensor will lie, `buffer`'s own (of whatever device) or, of a tensor
-// that has come whole, another of the host's.
-template <typename Come>
-void send_or_receive(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer, Come&& come) {
-  if (group->communicator != nullptr) {
-    move_by_shm(op, *group->communicator, src, buffer, come);
+// `tensor` is row-major. On the receivers arrived(theirs, first, last) is called for all bytes, in order, when they are
+// there. `theirs` is the memory in which the tensor will lie: `tensor`'s own (of whatever device) or, where all bytes
+// arrive at once, other memory of the host.
+template <typename Arrived>
+void send_or_receive(const char* op, const GroupPtr& group, int64_t src, Tensor& tensor, Arrived&& arrived) {
+  if (group->shm.serving() != nullptr) {
+    move_by_shm(op, *group->shm.serving(), src, tensor, arrived);
     return;
   }
-  const int64_t segment_bytes = buffer.is_cpu() ? kSegmentBytes : num_bytes(buffer) + 1;
-  const double end = group->waits_end_at;
-  const auto limit = [&] {
+  fallback::Pieces pieces;
+  pieces.bytes = tensor.is_cpu() ? kPieceBytes : num_bytes(tensor) + 1;
+  pieces.before_start = [&] {
+    const double end = group->waits_end_at;
     if (end > 0) fallback::limit_waits(op, group->name, std::max(1e-3, end - now()));
   };
-  const auto arrived = [&](int64_t first, int64_t last) {
-    if (group->rank != src) come(data_of(std::as_const(buffer)), first, last);
+  pieces.arrived = [&](int64_t first, int64_t last) {
+    if (group->rank != src) arrived(data_of(std::as_const(tensor)), first, last);
   };
-  fallback::broadcast_in_place(op, buffer, src, group->name, segment_bytes, limit, arrived);
+  fallback::broadcast_in_pieces(op, tensor, src, group->name, pieces);
 }
 
-// Into `buffer` on the receivers, wherever it comes.
-void move_into(const char* op, const Groups::GroupPtr& group, int64_t src, Tensor& buffer) {
-  send_or_receive(op, group, src, buffer, [&](const std::byte* theirs, int64_t, int64_t last) {
-    if (theirs != data_of(std::as_const(buffer))) copy_bytes(theirs, data_of(buffer), last);
+// Into `tensor` on the receivers, wherever its bytes arrive.
+void move_into(const char* op, const GroupPtr& group, int64_t src, Tensor& tensor) {
+  send_or_receive(op, group, src, tensor, [&](const std::byte* theirs, int64_t, int64_t last) {
+    if (theirs != data_of(std::as_const(tensor))) copy_bytes(theirs, data_of(tensor), last);
   });
 }
 
-Groups::GroupPtr check_call(const char* op, const Tensor& input, int64_t src, const std::string& group_name) {
+GroupPtr check_call(const char* op, const Tensor& input, int64_t src, const std::string& group_name) {
   auto group = groups().find(op, group_name);
   check_broadcast(op, input, src, group->world);
   SGL_CHECK(!input.is_cuda() || !in_graph_capture(), op, ": got ", describe(input),
@@ -157,7 +157,7 @@ void grafter_broadcast_(Tensor input, int64_t src, const Text& group_name) {
   const bool source = group->rank == src;
   if (!source) check_disjoint(kOp, input);
   if (group->world == 1) return;
-  const auto move_all = [&](Tensor& buffer) { move_into(kOp, group, src, buffer); };
+  const auto move_all = [&](Tensor& tensor) { move_into(kOp, group, src, tensor); };
   if (source) {
     Tensor in = row_major(input);
     move_all(in);
@@ -181,8 +181,8 @@ class Comparison {
               "; expected two row-major tensors alike, of float32, bfloat16, float16, float64 or int64");
   }
 
-  // Of the bytes from first on; both ends lie between parts, or are the tensors'. Where `taken`
-  // is not null it is ours, which become theirs.
+  // Compares the bytes from `first` to `last`, each a boundary of parts or an end of the tensors. Where `taken` is not
+  // null it is our tensor, which becomes theirs.
   void add(const std::byte* theirs, int64_t first, int64_t last, std::byte* taken = nullptr) {
     const size_t part_bytes = kPart * element_, from = first / part_bytes, to = (last + part_bytes - 1) / part_bytes;
     for_each_part(to - from, kPartsAThread, [&](size_t index) {
@@ -217,7 +217,7 @@ class Comparison {
 
  private:
   static constexpr size_t kPart = 64 << 10, kPartsAThread = 8;
-  static_assert(kSegmentBytes % (kPart * sizeof(int64_t)) == 0);
+  static_assert(kPieceBytes % (kPart * sizeof(int64_t)) == 0);
 
   const torch::headeronly::ScalarType dtype_;
   const size_t count_, element_;
@@ -232,8 +232,8 @@ Tensor grafter_compare(const Tensor& theirs, const Tensor& ours) {
   return comparison.totals();
 }
 
-// grafter_broadcast_ on a receiver that compares `ours` with what comes. With `take`, ours becomes theirs when
-// everything has come and nothing can fail: in the same pass where all comes at once, else out of `staging`.
+// grafter_broadcast_ on a receiver that compares `ours` with what arrives. With `take`, ours becomes theirs when all
+// bytes are there and nothing can fail: in the same pass where all arrive at once, else out of `staging`.
 Tensor grafter_receive_(Tensor staging, Tensor ours, bool take, int64_t src, const Text& group_name) {
   constexpr const char* kOp = "grafter_broadcast_";
   const auto group = check_call(kOp, staging, src, group_name);
@@ -241,8 +241,7 @@ Tensor grafter_receive_(Tensor staging, Tensor ours, bool take, int64_t src, con
   const int64_t bytes = num_bytes(staging);
   bool taken = false;
   send_or_receive(kOp, group, src, staging, [&](const std::byte* theirs, int64_t first, int64_t last) {
-    const bool whole = first == 0 && last == bytes;
-    taken = take && whole;
+    taken = take && first == 0 && last == bytes;
     comparison.add(theirs, first, last, taken ? data_of(ours) : nullptr);
   });
   if (take && !taken) copy_bytes(data_of(std::as_const(staging)), data_of(ours), bytes);

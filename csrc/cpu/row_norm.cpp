@@ -30,7 +30,7 @@ void narrow(DType dtype, const float* in, void* out, int64_t count) {
   });
 }
 
-// Of kTree neighbours: those half of them apart first, down to next ones.
+// The sum of kTree neighbours as a tree: first those half of them apart, down to direct neighbours.
 float sum_of_tree(float* v) {
   for (int half = kTree / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
@@ -38,34 +38,34 @@ float sum_of_tree(float* v) {
   return v[0];
 }
 
-// The sum of a row as norm.h has it; values[i] for i < hidden, and zeros up to whole groups.
+// The sum of a row as norm.h has it; values[i] for i < hidden, and zeros up to the end of the last vector.
 class RowSum {
  public:
-  explicit RowSum(int64_t hidden) : groups_(row_groups(hidden)), slots_(row_slots(hidden)) {}
+  explicit RowSum(int64_t hidden) : vectors_(row_vectors(hidden)), num_partials_(row_partials(hidden)) {}
 
   template <typename Value>
   float of(const float* values, Value&& value) {
-    float slots[kMostSlots] = {}, trees[kTree] = {};
-    for (int64_t g = 0; g < groups_; ++g) {
-      float group[kGroup];
-      for (int i = 0; i < kGroup; ++i) group[i] = value(values[g * kGroup + i]);
-      float& slot = slots[g % slots_];
-      slot = g < slots_ ? sum_of_group(group) : add(slot, sum_of_group(group));
+    float partials[kMostPartials] = {}, trees[kTree] = {};
+    for (int64_t g = 0; g < vectors_; ++g) {
+      float vector[kVector];
+      for (int i = 0; i < kVector; ++i) vector[i] = value(values[g * kVector + i]);
+      float& partial = partials[g % num_partials_];
+      partial = g < num_partials_ ? sum_of_vector(vector) : add(partial, sum_of_vector(vector));
     }
-    const int num_trees = slots_ / kTree;
-    for (int t = 0; t < num_trees; ++t) trees[t] = sum_of_tree(slots + t * kTree);
+    const int num_trees = num_partials_ / kTree;
+    for (int t = 0; t < num_trees; ++t) trees[t] = sum_of_tree(partials + t * kTree);
     return num_trees == 1 ? trees[0] : sum_of_tree(trees);
   }
 
  private:
-  const int64_t groups_;
-  const int slots_;
+  const int64_t vectors_;
+  const int num_partials_;
 };
 
 }  // namespace
 
 void add_and_normalise(const RowsToNormalise& rows) {
-  const int64_t hidden = rows.hidden, padded = row_groups(hidden) * kGroup;
+  const int64_t hidden = rows.hidden, padded = row_vectors(hidden) * kVector;
   const size_t row_bytes = hidden * size_of(rows.dtype);
   const DefaultFloatingPoint guard;
   std::vector<float> weight(hidden), bias(rows.bias != nullptr ? hidden : 0), values(padded), out(hidden);

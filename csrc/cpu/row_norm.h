@@ -9,18 +9,17 @@
 
 namespace sgl_comm {
 
-// Rows of `hidden` elements, one after the other; all of `dtype` but the weights, which are all of one other dtype or
-// of the same. A null bias is none.
+// Rows of `hidden` elements, one after the other, of `dtype`. A null bias is none.
 struct RowsToNormalise {
-  Norm norm;
-  DType dtype, weight_dtype, bias_dtype;
-  int64_t rows, hidden;
-  const void* sums;
-  const void* residual;
-  const void* weight;
-  const void* bias;
-  void* new_residual;
-  void* normed;  // may be `sums`
+  Norm norm{};
+  DType dtype = DType::kOther, weight_dtype = DType::kOther, bias_dtype = DType::kOther;
+  int64_t rows = 0, hidden = 0;
+  const void* sums = nullptr;
+  const void* residual = nullptr;
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  void* new_residual = nullptr;
+  void* normed = nullptr;  // may be `sums`
 };
 
 // new_residual = round(sums + residual), row by row; normed = round(norm(new_residual)).

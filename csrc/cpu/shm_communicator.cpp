@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "check.h"
+#include "tensor.h"
 
 namespace sgl_comm {
 
@@ -19,33 +20,10 @@ constexpr int kYields = 32;
 // Spinning pays while every rank can have a core of its own; else it keeps the core from the rank that is awaited.
 constexpr int kSpins = 4000, kSpinsOnTooFewCores = 50;
 
-const char* name_of(Call::Kind kind) {
-  switch (kind) {
-    case Call::Kind::kReduceScatter:
-      return "reduce_scatter";
-    case Call::Kind::kAllGather:
-      return "all_gather";
-    case Call::Kind::kAllReduceLayerNorm:
-      return "tp_attn_all_reduce_and_layernorm";
-    case Call::Kind::kCfgAllReduce:
-      return "cfg_all_reduce";
-    case Call::Kind::kBroadcast:
-      return "cfg_broadcast";
-    case Call::Kind::kGrafterBroadcast:
-      return "grafter_broadcast_";
-    case Call::Kind::kCompareCalls:
-      return "the comparison of calls (SGLCOMM_CHECK)";
-    default:
-      return "all_reduce";
-  }
-}
-
 std::string describe(uint64_t packed) {
   const Call call = Call::unpacked(packed);
-  const DType summed = dtype_of(call.dtype);
-  const char* dtype = summed != DType::kOther ? name_of(summed) : torch::headeronly::toString(call.dtype);
   const std::string source = call.has_source() ? " from rank " + std::to_string(call.source) : "";
-  return std::string(name_of(call.kind)) + " of " + std::to_string(call.count) + " " + dtype + source;
+  return std::string(name_of(call.op)) + " of " + std::to_string(call.count) + " " + name_of(call.dtype) + source;
 }
 
 }  // namespace
@@ -56,7 +34,7 @@ ShmCommunicator::ShmCommunicator(std::string group_name, int rank, int world, do
       rank_(rank),
       world_(world),
       timeout_seconds_(timeout_seconds),
-      rooms_(world),
+      tensor_segments_(world),
       step_(first_epoch) {}
 
 ShmCommunicator::~ShmCommunicator() {
@@ -125,7 +103,7 @@ void ShmCommunicator::arrive() {
 
 void ShmCommunicator::await_arrival(int peer) { await_arrival(peer, {step_, sequence_, call_.packed()}); }
 
-// What the peer's call was is there still, also where the step is the one before: it makes no step more until it has
+// The peer's call can still be read, also where the step is the one before: the peer makes no further step until it has
 // seen this rank arrive.
 void ShmCommunicator::await_arrival(int peer, const Moment& moment) {
   await(header_->ranks[peer].arrived, peer, moment);

@@ -7,13 +7,14 @@
 //                        of a broadcast's ranks but the source, nothing.
 //   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
 //                        summed[r] to e; read by the peers after they saw that.
-//   room(r) of step e    memory of rank r's own, as large as a tensor; written by it after it saw every arrived >= e-1
+//   tensor segment of r  a segment of rank r's own, as large as a tensor; written by it after it saw every arrived >=
+//   e-1
 //                        and before it raises arrived[r] to e; read by the peers after they saw that and before they
-//                        raise theirs to e+1, which has no slots. In slot(r) of step e stands where it is.
+//                        raise theirs to e+1, which has no slots. slot(r) of step e holds its handle.
 // Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
 // saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. A step that
 // does not wait for every peer (of a broadcast) leaves that to the next one's beginning. The sums
-// would need one place only: they are written after every arrived >= e, which a peer raises after it has read those of
+// would need one area only: they are written after every arrived >= e, which a peer raises after it has read those of
 // e-1. They have two all the same, since lines that the peer has just read are dear to write (1 MiB: 1.25 times
 // slower).
 // Each raise is a release, each wait an acquire (flag.h).
@@ -29,28 +30,20 @@
 #include <vector>
 
 #include "cpu/flag.h"
-#include "cpu/rooms.h"
+#include "cpu/tensor_segments.h"
 #include "dispatch.h"
 #include "group_segment.h"
 #include "ledger.h"
+#include "ops.h"
 
 namespace sgl_comm {
 
 // What a rank calls; a call must be the same on every rank, which is checked before any of its data is used.
 struct Call {
-  enum class Kind : uint8_t {
-    kAllReduce = 1,
-    kReduceScatter = 2,
-    kAllGather = 3,
-    kAllReduceLayerNorm = 4,
-    kBroadcast = 5,
-    kCompareCalls = 6,
-    kCfgAllReduce = 7,
-    kGrafterBroadcast = 8,
-  };
   static constexpr int kCountBits = 36, kSourceBits = 4, kRefusedBits = 6, kDTypeBits = 6, kCudaCallsBits = 8;
+  static constexpr int kOpBits = 64 - kCountBits - kSourceBits - kRefusedBits - kDTypeBits - kCudaCallsBits;
 
-  Kind kind;
+  Op op;
   torch::headeronly::ScalarType dtype;
   uint64_t count;      // of a rank's input
   uint8_t source = 0;  // a broadcast's, of either kind
@@ -58,11 +51,11 @@ struct Call {
   // made of CUDA tensors.
   uint8_t refused = 0, cuda_calls = 0;
 
-  bool is_cfg() const { return kind == Kind::kCfgAllReduce || kind == Kind::kBroadcast; }
-  bool has_source() const { return kind == Kind::kBroadcast || kind == Kind::kGrafterBroadcast; }
+  bool is_cfg() const { return op == Op::kCfgAllReduce || op == Op::kBroadcast; }
+  bool has_source() const { return op == Op::kBroadcast || op == Op::kGrafterBroadcast; }
 
   uint64_t packed() const {
-    uint64_t word = uint64_t(kind);
+    uint64_t word = uint64_t(op);
     word = word << kCudaCallsBits | cuda_calls;
     word = word << kDTypeBits | uint64_t(dtype);
     word = word << kRefusedBits | refused;
@@ -81,19 +74,20 @@ struct Call {
     call.refused = take(kRefusedBits);
     call.dtype = torch::headeronly::ScalarType(take(kDTypeBits));
     call.cuda_calls = take(kCudaCallsBits);
-    call.kind = Kind(word);
+    call.op = Op(word);
     return call;
   }
-  // Of two numbers of which the last `bits` bits are known: above 0 if the first is the larger.
+  // Compares two counts of which only the last `bits` bits are known: above 0 if the first is the larger.
   static int ahead(uint8_t a, uint8_t b, int bits) {
     const int difference = (a - b) & ((1 << bits) - 1);
     return difference == 0 ? 0 : difference < 1 << (bits - 1) ? 1 : -1;
   }
 };
+static_assert(kNumOps <= 1 << Call::kOpBits);
 static_assert(kMaxWorld <= 1 << Call::kSourceBits);
 static_assert(static_cast<int>(torch::headeronly::ScalarType::NumOptions) <= 1 << Call::kDTypeBits);
 
-// What a rank tells the others at init, as bytes over their own group.
+// What ranks exchange at init, as bytes over their own group.
 struct ShmHandle {
   SegmentHandle segment;
   uint64_t first_epoch;
@@ -140,8 +134,7 @@ class ShmCommunicator {
   void await_later();
   void announce_sum();
   void await_sum(int rank);
-  // Memory for a whole tensor of a source's: see above.
-  Rooms& rooms() { return rooms_; }
+  TensorSegments& tensor_segments() { return tensor_segments_; }
 
   // Why the communicator is unusable; empty while it is not.
   std::string fault() const;
@@ -196,7 +189,7 @@ class ShmCommunicator {
   Header* header_ = nullptr;
   std::byte* slots_ = nullptr;
   std::byte* sums_ = nullptr;
-  Rooms rooms_;
+  TensorSegments tensor_segments_;
   std::mutex mutex_;
   uint64_t step_;
   std::optional<Moment> behind_;       // the step before this one, of which not every arrival has been seen

@@ -2,8 +2,8 @@
 // same members. Included once for each set, inside a region whose functions may use it (sum.cpp).
 //   kLanes; Vector; load(pointer) -> Vector; add(Vector, Vector); store(pointer, Vector)
 // store rounds to nearest even; a NaN stays a NaN; subnormals are kept.
-// bf16 is taken in pairs: the elements at even places in one fp32 vector, those at odd places in another, which spares
-// widening and narrowing across lanes.
+// bf16 is taken in pairs: the elements at even positions in one fp32 vector, those at odd positions in another, which
+// spares widening and narrowing across lanes.
 
 template <DType dtype>
 struct Vec;
@@ -178,7 +178,7 @@ struct Vec {
 };
 #endif
 
-// The sum of the first elements, as many as make whole vectors; returns how many.
+// The sum of the first elements, as many as fill vectors; returns how many.
 template <DType dtype, int num_sources>
 size_t sum_whole_vectors(void* out, const void* const* sources, size_t count) {
   using V = Vec<dtype>;

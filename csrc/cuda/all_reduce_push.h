@@ -3,16 +3,17 @@
 
 #include <string>
 
-#include "cuda/communicator_v2.h"
+#include "cuda/group/push_communicator.h"
 #include "tensor.h"
 
 namespace sgl_comm::cuda {
 
 // Sums `in` over the ranks into `out` (which may be `in`), on the current stream of their device. Both row-major.
-void push_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out, const std::string& algo);
+void push_all_reduce(const char* op, PushCommunicator& comm, const Tensor& in, Tensor& out, const std::string& algo);
 
-// The same by one launch that walks the tensors' strides. Returns false, and has done nothing, where copies and the
-// above are faster, or both are row-major. `out` may be `in` if no two of its elements share memory.
-bool push_strided_all_reduce(const char* op, CommunicatorV2& comm, const Tensor& in, Tensor& out);
+// push_all_reduce() by one launch that walks the tensors' strides. Returns false, and has done nothing, where copies
+// and push_all_reduce() are faster, or both tensors are row-major. `out` may be `in` if no two of its elements share
+// memory.
+bool push_strided_all_reduce(const char* op, PushCommunicator& comm, const Tensor& in, Tensor& out);
 
 }  // namespace sgl_comm::cuda

@@ -1,4 +1,4 @@
-// From an op's tensors to a launch: the checks that all CUDA ops share, the stream, and what follows what.
+// From an op's tensors to a launch: the checks that all CUDA ops share, the stream, and the order of launches.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,18 +8,12 @@
 
 #include "cuda/address.h"
 #include "cuda/cuda_check.h"
-#include "cuda/residency.h"
-#include "cuda/stream_order.h"
-#include "dispatch.h"
-#include "inference_only.h"
+#include "cuda/group/stream_order.h"
+#include "cuda/kernels/residency.h"
+#include "input_checks.h"
 #include "tensor.h"
 
 namespace sgl_comm::cuda {
-
-inline void check_input(const char* op, const Tensor& input) {
-  check_strided(op, input);
-  check_inference_only(op, input);
-}
 
 template <typename Communicator>
 void check_on_device(const char* op, const Communicator& comm, const Tensor& input) {
@@ -27,7 +21,7 @@ void check_on_device(const char* op, const Communicator& comm, const Tensor& inp
             "; expected device cuda:", comm.device(), ", which the group was initialised with");
 }
 
-// Waits where this rank has refused calls, until its peers have too.
+// Throws where the communicator cannot serve the call. If this rank has refused calls, waits until its peers have too.
 template <typename Communicator>
 void check_usable(const char* op, Communicator& comm, const Tensor& input) {
   check_on_device(op, comm, input);
@@ -44,10 +38,10 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// dependent: the kernel may begin before the one before it in the stream has ended, and waits for that end itself.
-template <typename Message>
-void launch(const char* op, void (*kernel)(Message), Shape shape, cudaStream_t stream, bool dependent,
-            const Message& message) {
+// dependent: the kernel may begin before the previous one of the stream has ended, and waits for that end itself.
+template <typename Parameters>
+void launch(const char* op, void (*kernel)(Parameters), Shape shape, cudaStream_t stream, bool dependent,
+            const Parameters& parameters) {
   cudaLaunchConfig_t config{};
   config.gridDim = shape.blocks;
   config.blockDim = shape.threads;
@@ -64,17 +58,17 @@ void launch(const char* op, void (*kernel)(Message), Shape shape, cudaStream_t s
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {shape.cluster, 1, 1};
   }
-  SGL_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, message));
+  SGL_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, parameters));
 }
 
-// On the current stream, in the order of the communicator's calls. early: it may be `dependent`.
-template <typename Communicator, typename Message>
-void launch_in_order(const char* op, Communicator& comm, void (*kernel)(Message), Shape shape, const Message& message,
-                     bool early = true) {
+// Launches on the current stream, in the order of the communicator's calls. early: the launch may be `dependent`.
+template <typename Communicator, typename Parameters>
+void launch_in_order(const char* op, Communicator& comm, void (*kernel)(Parameters), Shape shape,
+                     const Parameters& parameters, bool early = true) {
   const DeviceScope scope(comm.device());
   const cudaStream_t stream = current_stream(comm.device());
   const auto turn = comm.order().next(op, stream);
-  launch(op, kernel, shape, stream, early && turn.same_stream && comm.limits().dependent_launch, message);
+  launch(op, kernel, shape, stream, early && turn.same_stream && comm.limits().dependent_launch, parameters);
   comm.count_call();
 }
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
 from sgl_comm import ops as sgl_ops
-from sgl_comm.capability import why_not_world_size
+from sgl_comm.backends.capability import why_not_world_size
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.faults import Deadline, TransportFault
@@ -46,7 +46,7 @@ class Channel:
         self.name, self.members = name, tuple(members)
         self.rank = self.members.index(meeting.me)
         self._group: ProcessGroup | None = None
-        _ops._group_open(self.name, self.rank, len(members), False)
+        _ops._shm_open(self.name, self.rank, len(members), False)
         try:
             store = PrefixStore(key, meeting.store)
             reason = self._share_memory(store, deadline) if backend == "shm" else "not wanted"
@@ -81,7 +81,7 @@ class Channel:
 
     def close(self) -> None:
         """Gives the name and the memory up."""
-        _ops._group_close(self.name)
+        _ops._shm_close(self.name)
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 dist.distributed_c10d._unregister_process_group(self.name)

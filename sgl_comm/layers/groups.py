@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from sgl_comm.capability import as_device
+from sgl_comm.backends.capability import as_device
+from sgl_comm.backends.rendezvous import Rendezvous
 from sgl_comm.communicator import Communicator, init
 from sgl_comm.errors import SglCommError
 from sgl_comm.layers.parallel_config import ParallelConfig
-from sgl_comm.rendezvous import Rendezvous
 
 
 class LayerGroups:

@@ -8,20 +8,21 @@ rank's second kernel, which waits for its first one, would hold up another rank'
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgl_comm import _fake, envs
-from sgl_comm.custom_all_reduce_v1 import DEFAULT_MAX_SIZE
-from sgl_comm.custom_all_reduce_v2 import default_max_size
+from sgl_comm import envs
+from sgl_comm.backends import open_groups
+from sgl_comm.backends.custom_all_reduce_v1 import DEFAULT_MAX_SIZE
+from sgl_comm.backends.custom_all_reduce_v2 import default_max_size
+from sgl_comm.backends.thresholds import ALL_SIZES, thresholds_for
 from sgl_comm.errors import SglCommError
-from sgl_comm.thresholds import ALL_SIZES, thresholds_for
 
 _ops = torch.ops.sgl_comm
 _numbers = itertools.count()
@@ -43,7 +44,8 @@ class SimulatedRank:
 
     def fault(self) -> str:
         """Why one of the rank's communicators has become unusable; empty while they are not."""
-        return _ops._v2_fault(self.group_name) or _ops._v1_fault(self.group_name)
+        faults = (_ops._cuda_fault(self.group_name, protocol) for protocol in ("push", "pull"))
+        return next(filter(None, faults), "")
 
 
 @contextmanager
@@ -71,40 +73,50 @@ def make_simulated(
     base = name if name is not None else f"simulated{next(_numbers)}"
     names = [f"{base}#{rank}" for rank in range(world)]
     found = thresholds_for(world, torch.cuda.get_device_capability(device))
-    rest = (one_shot_bytes or found.one_shot_bytes, found.ring_bytes, ALL_SIZES, envs.timeout_seconds(), first_epoch)
-    v2 = (device, max_size or default_max_size(world), *rest)
-    v1 = (device, DEFAULT_MAX_SIZE, *rest)
+    thresholds = dataclasses.replace(
+        found, one_shot_bytes=one_shot_bytes or found.one_shot_bytes, fallback_bytes=ALL_SIZES
+    )
+    max_sizes = {"push": max_size or default_max_size(world), "pull": DEFAULT_MAX_SIZE}
     with torch.cuda.device(device), ExitStack() as opened:
         for rank, group_name in enumerate(names):
-            _ops._v2_open(group_name, rank, world, "none")
-            opened.callback(_ops._v2_close, group_name)
-            _ops._v1_open(group_name, rank, world)
-            opened.callback(_ops._v1_close, group_name)
-            _fake.world_sizes[group_name] = world
-            opened.callback(_fake.world_sizes.pop, group_name)
-        _set_up(names, _ops._v2_publish, _ops._v2_attach, _ops._v2_settle, v2)
-        _set_up(names, _ops._v1_publish, _ops._v1_attach, _ops._v1_settle, v1)
+            for protocol in max_sizes:
+                _ops._cuda_open(group_name, protocol, rank, world, "none")
+                opened.callback(_ops._cuda_close, group_name, protocol)
+            open_groups.add(group_name, world)
+            opened.callback(open_groups.remove, group_name)
+        for protocol, size in max_sizes.items():
+            settings = {
+                "device": device,
+                "max_size": size,
+                "first_epoch": first_epoch,
+                **dataclasses.asdict(thresholds),
+            }
+            _set_up(names, protocol, settings)
         yield [SimulatedRank(r, world, group_name, torch.cuda.Stream()) for r, group_name in enumerate(names)]
         torch.cuda.synchronize()
 
 
-def _set_up(names: Sequence[str], publish: Any, attach: Any, settle: Any, args: Sequence[Any]) -> None:
-    handles = torch.cat([publish(name, *args, _ops._ledger(name)) for name in names])
-    reasons = [attach(name, handles) for name in names]
+def _set_up(names: Sequence[str], protocol: str, settings: dict[str, int]) -> None:
+    """What ``init`` does on each rank for one protocol, step by step for all ranks."""
+    timeout = envs.timeout_seconds()
+    handles = torch.cat(
+        [_ops._cuda_publish(name, protocol, **settings, timeout=timeout, ledger=_ops._ledger(name)) for name in names]
+    )
+    reasons = [_ops._cuda_attach(name, protocol, handles) for name in names]
     if any(reasons):
         raise SglCommError(f"make_simulated: {next(filter(None, reasons))}")
     for name in names:
-        settle(name, True, "")
+        _ops._cuda_settle(name, protocol, True, "")
 
 
 @contextmanager
 def capture_simulated(ranks: Sequence[SimulatedRank]) -> Iterator[None]:
     """``Communicator.capture`` of simulated ranks: V1's captured calls inside it read their inputs where they lie."""
     for rank in ranks:
-        _ops._v1_begin_capture(rank.group_name)
+        _ops._cuda_begin_capture(rank.group_name)
     yield
-    handles = torch.cat([_ops._v1_end_capture(rank.group_name) for rank in ranks])
+    handles = torch.cat([_ops._cuda_end_capture(rank.group_name) for rank in ranks])
     for rank in ranks:
-        reason = _ops._v1_register(rank.group_name, handles)
+        reason = _ops._cuda_register_inputs(rank.group_name, handles)
         if reason:
             raise SglCommError(f"capture_simulated: {reason}")

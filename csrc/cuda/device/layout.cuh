@@ -1,6 +1,6 @@
-// How a kernel finds the packs of its message's tensors: packs are numbered in row-major order whatever the strides,
-// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out`, with the words of pack.cuh; of
-// a message M it needs a MessageOf<M>.
+// How a kernel finds the packs of its tensors: packs are numbered in row-major order whatever the strides,
+// so ranks may differ in theirs. A layout loads packs of `in` and stores packs of `out` with the functions of pack.cuh,
+// and says by ParametersOf<P> what a kernel with parameters P must be given for it.
 #pragma once
 
 #include "cuda/device/pack.cuh"
@@ -8,27 +8,27 @@
 
 namespace sgl_comm::device {
 
-template <typename T, bool kWhole>
+template <typename T, bool kAligned>
 struct RowMajor {
   using Element = T;
-  template <typename Message>
-  using MessageOf = Message;
+  template <typename Parameters>
+  using ParametersOf = Parameters;
 
-  template <typename Message>
-  static __device__ __forceinline__ uint4 load(const Message& m, int64_t index) {
-    return load_pack<T, kWhole>(m.in, m.count, index);
+  template <typename Parameters>
+  static __device__ __forceinline__ uint4 load(const Parameters& params, int64_t index) {
+    return load_pack<T, kAligned>(params.in, params.count, index);
   }
-  template <typename Message>
-  static __device__ __forceinline__ uint4 load_existing(const Message& m, int64_t index) {
-    return device::load_existing<T, kWhole>(m.in, m.count, index);
+  template <typename Parameters>
+  static __device__ __forceinline__ uint4 load_existing(const Parameters& params, int64_t index) {
+    return device::load_existing<T, kAligned>(params.in, params.count, index);
   }
-  template <typename Message>
-  static __device__ __forceinline__ void store(const Message& m, int64_t index, uint4 v) {
-    store_pack<T, kWhole>(m.out, m.count, index, v);
+  template <typename Parameters>
+  static __device__ __forceinline__ void store(const Parameters& params, int64_t index, uint4 v) {
+    store_pack<T, kAligned>(params.out, params.count, index, v);
   }
-  template <typename Message>
-  static __device__ __forceinline__ void store_existing(const Message& m, int64_t index, uint4 v) {
-    device::store_existing<T, kWhole>(m.out, m.count, index, v);
+  template <typename Parameters>
+  static __device__ __forceinline__ void store_existing(const Parameters& params, int64_t index, uint4 v) {
+    device::store_existing<T, kAligned>(params.out, params.count, index, v);
   }
 };
 
@@ -36,33 +36,34 @@ template <typename T>
 class Strided {
  public:
   using Element = T;
-  template <typename Message>
-  using MessageOf = WithStrides<Message>;
+  template <typename Parameters>
+  using ParametersOf = WithStrides<Parameters>;
 
-  template <typename Message>
-  static __device__ __forceinline__ uint4 load(const Message& m, int64_t index) {
-    const Places places(m.in_strides, index);
-    return load_elements<T>(m.in, m.count - index * kElements<T>, places);
+  template <typename Parameters>
+  static __device__ __forceinline__ uint4 load(const Parameters& params, int64_t index) {
+    const ElementOffsets offsets(params.in_strides, index);
+    return load_elements<T>(params.in, params.count - index * kElements<T>, offsets);
   }
-  template <typename Message>
-  static __device__ __forceinline__ uint4 load_existing(const Message& m, int64_t index) {
-    return load(m, index);
+  template <typename Parameters>
+  static __device__ __forceinline__ uint4 load_existing(const Parameters& params, int64_t index) {
+    return load(params, index);
   }
-  template <typename Message>
-  static __device__ __forceinline__ void store(const Message& m, int64_t index, uint4 v) {
-    const Places places(m.out_strides, index);
-    store_elements<T>(m.out, m.count - index * kElements<T>, places, v);
+  template <typename Parameters>
+  static __device__ __forceinline__ void store(const Parameters& params, int64_t index, uint4 v) {
+    const ElementOffsets offsets(params.out_strides, index);
+    store_elements<T>(params.out, params.count - index * kElements<T>, offsets, v);
   }
-  template <typename Message>
-  static __device__ __forceinline__ void store_existing(const Message& m, int64_t index, uint4 v) {
-    store(m, index, v);
+  template <typename Parameters>
+  static __device__ __forceinline__ void store_existing(const Parameters& params, int64_t index, uint4 v) {
+    store(params, index, v);
   }
 
  private:
-  // Where the elements of a pack lie. All is known before one is asked for, so that they are asked for at once.
-  class Places {
+  // Where the elements of a pack lie. All offsets are known before the first load, so that the loads are under way
+  // together.
+  class ElementOffsets {
    public:
-    __device__ __forceinline__ Places(const Strides& strides, int64_t index) {
+    __device__ __forceinline__ ElementOffsets(const Strides& strides, int64_t index) {
       constexpr int kLast = Strides::kDims - 1;
       uint32_t rest = static_cast<uint32_t>(index * kElements<T>), offset = 0, at[Strides::kDims];
 #pragma unroll

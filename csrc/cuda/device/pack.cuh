@@ -96,7 +96,8 @@ __device__ __forceinline__ void accumulate(float (&total)[T::kLanes], uint4 pack
   for (int i = 0; i < T::kLanes; ++i) total[i] = __fadd_rn(total[i], lanes[i]);
 }
 
-// Of each rank that there is (exists(r)) its pack, added in fp32 in the order of ranks and rounded once.
+// The sum of one pack a rank, added in fp32 in the order of ranks and rounded once; ranks for which exists(r) is false
+// are left out.
 template <typename T, int kWorld, typename Exists>
 __device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld], Exists&& exists) {
   float total[T::kLanes];
@@ -108,11 +109,11 @@ __device__ __forceinline__ uint4 sum_in_order(const uint4 (&packs)[kWorld], Exis
   return T::pack(total);
 }
 
-// The same where `others` are the packs of all ranks but `rank`, whose own pack is `own`.
+// The sum in rank order where `others` are the packs of all ranks but `rank`, whose own pack is `own`.
 template <typename T, int kOthers, typename Exists>
 __device__ __forceinline__ uint4 sum_in_order(const uint4 (&others)[kOthers], uint4 own, int rank, Exists&& exists) {
   float total[T::kLanes];
-  if constexpr (kOthers == 1) {  // either order gives the same
+  if constexpr (kOthers == 1) {  // a sum of two is the same in either order
     T::unpack(own, total);
     accumulate<T>(total, others[0]);
   } else {
@@ -142,23 +143,22 @@ struct ByteQuads {
 template <typename T>
 constexpr int64_t kElements = kPackBytes / sizeof(typename T::Bits);  // of a pack
 
-// A pack of which element i lies at array[place(i)], as far as i < num; the rest is zeros.
-template <typename T, typename Place>
-__device__ __forceinline__ uint4 load_elements(const void* array, int64_t num, Place&& place) {
+template <typename T, typename OffsetOf>
+__device__ __forceinline__ uint4 load_elements(const void* array, int64_t num, OffsetOf&& offset_of) {
   using Bits = typename T::Bits;
   constexpr int kPerWord = 4 / sizeof(Bits);
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < kElements<T>; ++i) {
     if (i >= num) continue;
-    const uint32_t element = static_cast<const Bits*>(array)[place(i)];
+    const uint32_t element = static_cast<const Bits*>(array)[offset_of(i)];
     words[i / kPerWord] |= element << (i % kPerWord * 8 * sizeof(Bits));
   }
   return {words[0], words[1], words[2], words[3]};
 }
 
-template <typename T, typename Place>
-__device__ __forceinline__ void store_elements(void* array, int64_t num, Place&& place, uint4 v) {
+template <typename T, typename OffsetOf>
+__device__ __forceinline__ void store_elements(void* array, int64_t num, OffsetOf&& offset_of, uint4 v) {
   using Bits = typename T::Bits;
   constexpr int kPerWord = 4 / sizeof(Bits);
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -166,15 +166,15 @@ __device__ __forceinline__ void store_elements(void* array, int64_t num, Place&&
   for (int i = 0; i < kElements<T>; ++i) {
     if (i >= num) continue;
     const uint32_t element = words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Bits));
-    static_cast<Bits*>(array)[place(i)] = static_cast<Bits>(element);
+    static_cast<Bits*>(array)[offset_of(i)] = static_cast<Bits>(element);
   }
 }
 
-// A row-major array of T seen as packs. kWhole: 16-byte aligned and a whole number of packs; else neither is assumed,
-// and the last pack is padded with zeros. This one is for packs that exist.
-template <typename T, bool kWhole>
+// A row-major array of T seen as packs. kAligned: 16-byte aligned and a whole number of packs; else neither is assumed,
+// and the last pack is padded with zeros. load_existing() is for packs that have at least one element.
+template <typename T, bool kAligned>
 __device__ __forceinline__ uint4 load_existing(const void* array, int64_t count, int64_t index) {
-  if constexpr (kWhole) {
+  if constexpr (kAligned) {
     return ptx::load_input(static_cast<const uint4*>(array) + index);
   } else {
     const int64_t first = index * kElements<T>;
@@ -182,17 +182,17 @@ __device__ __forceinline__ uint4 load_existing(const void* array, int64_t count,
   }
 }
 
-// The same for any index: beyond the end all is zeros.
-template <typename T, bool kWhole>
+// load_existing() for any index: beyond the end all is zeros.
+template <typename T, bool kAligned>
 __device__ __forceinline__ uint4 load_pack(const void* array, int64_t count, int64_t index) {
-  if (kWhole && index * kElements<T> >= count) return {0, 0, 0, 0};
-  return load_existing<T, kWhole>(array, count, index);
+  if (kAligned && index * kElements<T> >= count) return {0, 0, 0, 0};
+  return load_existing<T, kAligned>(array, count, index);
 }
 
-// Writes what of the pack lies within the array; some of it does.
-template <typename T, bool kWhole>
+// Writes what of the pack lies within the array, which is at least one element.
+template <typename T, bool kAligned>
 __device__ __forceinline__ void store_existing(void* array, int64_t count, int64_t index, uint4 v) {
-  if constexpr (kWhole) {
+  if constexpr (kAligned) {
     static_cast<uint4*>(array)[index] = v;
   } else {
     const int64_t first = index * kElements<T>;
@@ -201,10 +201,10 @@ __device__ __forceinline__ void store_existing(void* array, int64_t count, int64
   }
 }
 
-// The same for any index.
-template <typename T, bool kWhole>
+// store_existing() for any index: beyond the end nothing is written.
+template <typename T, bool kAligned>
 __device__ __forceinline__ void store_pack(void* array, int64_t count, int64_t index, uint4 v) {
-  if (!kWhole || index * kElements<T> < count) store_existing<T, kWhole>(array, count, index, v);
+  if (!kAligned || index * kElements<T> < count) store_existing<T, kAligned>(array, count, index, v);
 }
 
 }  // namespace sgl_comm::device

@@ -15,7 +15,7 @@ __device__ __forceinline__ uint4 load_relaxed_sys(const void* p) {
   return v;
 }
 
-// The same if `wanted`, else zeros; without a branch, so that several such loads are under way at once.
+// load_relaxed_sys() if `wanted`, else zeros; without a branch, so that several such loads are under way at once.
 __device__ __forceinline__ uint4 load_relaxed_sys_if(const void* p, bool wanted) {
   uint4 v{};
   asm volatile(
@@ -190,10 +190,10 @@ __device__ __forceinline__ void store_async(float* p, uint64_t* barrier, uint32_
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
-      ".reg .b32 place, counted;\n"
-      "mapa.shared::cluster.u32 place, %0, %2;\n"
+      ".reg .b32 address, counted;\n"
+      "mapa.shared::cluster.u32 address, %0, %2;\n"
       "mapa.shared::cluster.u32 counted, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [place], %3, [counted];\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [address], %3, [counted];\n"
       "}" ::"r"(shared_address(p)),
       "r"(shared_address(barrier)), "r"(block), "f"(value)
       : "memory");

@@ -1,19 +1,20 @@
-// The ring: a message of any size through a bank of bounded size, within one epoch.
+// The ring: a message of any size through a buffer of bounded size, within one epoch.
 //
-// A thread has kRingPlaces places at each peer, for each of its packs of a tile, and goes through its tiles in order,
-// pushing ahead of its polling. It empties each place as it has polled it; a ring leaves its bank empty.
-// Why reuse is safe. Tile k + kRingPlaces goes where tile k was, once each peer has given credit for tile k: all
-// threads of its block of this number have emptied that tile's places and those before, and met at a barrier, and one
-// of them has told this rank so by a store that releases what went before; a thread that awaits credit acquires it. A
-// block gives credit for kCreditTiles tiles at once.
-// A credit is a word of this rank's workspace, one a peer and block, which the peer alone writes: the epoch, and of how
-// many times kCreditTiles the last bits. What an earlier launch has left there is of another epoch. Within one, what is
-// there is never far from what is awaited, since nobody gets ahead of its peers by more than its places.
-// No rank waits in vain: what a block must have received to give credit for tile k, its peers push with tile k + 1 at
-// the latest, for which they need credit for tile k - 2 at most (tests/test_protocol.py).
+// For each of its packs of a tile a thread has kRingSlots slots at each peer. It goes through its tiles in order,
+// pushing ahead of its polling, and empties each slot as soon as it has polled it; a ring leaves its buffer empty. Why
+// reuse is safe. Tile k + kRingSlots goes where tile k was, once each peer has given credit for tile k: all threads of
+// its block of this number have emptied that tile's slots and those before and passed a barrier, and one of them has
+// stored the credit at this rank as a release of what went before; a thread that awaits credit acquires it. A block
+// gives credit for kCreditTiles tiles at once. A credit is a word of this rank's workspace, one for each peer and
+// block, which the peer alone writes: the epoch, and the last bits of the number of tiles over kCreditTiles. What an
+// earlier launch has left there has another epoch. Within an epoch the word is never far from what is awaited, since no
+// rank gets ahead of its peers by more than its slots. No rank waits in vain: what a block must have received to give
+// credit for tile k, its peers push with tile k + 1 at the latest, for which they need credit for tile k - 2 at most
+// (tests/test_protocol.py).
 #pragma once
 
-#include "cuda/device/message.cuh"
+#include "cuda/device/partition.cuh"
+#include "cuda/device/push.cuh"
 
 namespace sgl_comm::device {
 
@@ -21,42 +22,43 @@ namespace sgl_comm::device {
 // ranks it has not been measured.
 constexpr int ring_blocks(int world) { return world <= 4 ? 2 : 1; }
 
-// Of one thread. A tile has kTile packs of each thread; packs of neighbouring threads are neighbours.
+// One thread's way through a ring. A tile has kTile packs of each thread; packs of neighbouring threads are neighbours.
 template <int kTile>
 struct Ring {
-  Place place;
+  GridPosition position;
 
-  // The bytes of the bank that a thread needs, of one sender.
-  static constexpr int kBytes = kRingPlaces * kTile * kPackBytes;
+  // The bytes of a buffer that one thread of one sender needs.
+  static constexpr int kBytes = kRingSlots * kTile * kPackBytes;
 
   // How many tiles `num_packs` are, for every thread alike; some may have no pack in the last one.
   __device__ __forceinline__ int64_t num_tiles(int64_t num_packs) const {
-    const int64_t packs = kTile * place.count;
+    const int64_t packs = kTile * position.count;
     return (num_packs + packs - 1) / packs;
   }
   // Which pack of the message is this thread's pack u of tile k.
   __device__ __forceinline__ int64_t pack_of(int64_t k, int u) const {
-    return (k * kTile + u) * place.count + place.index;
+    return (k * kTile + u) * position.count + position.index;
   }
-  // Where it goes in what a rank keeps for one sender, and how far senders are apart.
+  // Where that pack goes in a sender's part of the buffer, and how many bytes such a part has.
   __device__ __forceinline__ uint32_t offset(int64_t k, int u) const {
-    const uint32_t turn = static_cast<uint32_t>(k) % kRingPlaces;
-    return ((turn * kTile + u) * static_cast<uint32_t>(place.count) + static_cast<uint32_t>(place.index)) * kPackBytes;
+    const uint32_t turn = static_cast<uint32_t>(k) % kRingSlots;
+    return ((turn * kTile + u) * static_cast<uint32_t>(position.count) + static_cast<uint32_t>(position.index)) *
+           kPackBytes;
   }
-  __device__ __forceinline__ uint32_t stride() const { return kBytes * static_cast<uint32_t>(place.count); }
+  __device__ __forceinline__ uint32_t stride() const { return kBytes * static_cast<uint32_t>(position.count); }
 };
 
-// What this block's threads know of the places at their peers, and tell of their own.
+// The credits that this block awaits from its peers and gives to them.
 template <int kWorld>
 class Credits {
  public:
-  __device__ __forceinline__ Credits(const Message& m, const Start& start, int64_t num_tiles)
-      : view_(m.view), op_(m.op), epoch_(start.epoch() * kEpoch), num_tiles_(num_tiles) {}
+  __device__ __forceinline__ Credits(const PushParameters& params, const Start& start, int64_t num_tiles)
+      : view_(params.view), op_(params.op), epoch_(start.epoch() * kEpoch), num_tiles_(num_tiles) {}
 
-  // Before tile k is pushed, if there is one: waits until its places are empty at every peer.
-  __device__ __forceinline__ Trouble await_credit(int64_t k) const {
-    if (k < kRingPlaces || k % kCreditTiles != 0 || k >= num_tiles_) return kFine;
-    const unsigned long long wanted = credit_for(k - kRingPlaces + kCreditTiles - 1);
+  // Before tile k is pushed, if there is such a tile: waits until its slots are empty at every peer.
+  __device__ __forceinline__ Status await_credit(int64_t k) const {
+    if (k < kRingSlots || k % kCreditTiles != 0 || k >= num_tiles_) return kOk;
+    const unsigned long long wanted = credit_for(k - kRingSlots + kCreditTiles - 1);
     const int world = world_of<kWorld>(view_.group);
 #pragma unroll 1
     for (int p = 0; p < world - 1; ++p) {
@@ -67,26 +69,26 @@ class Credits {
       };
       if (!await(view_.group, missing, kWorld > 2)) return sender_at(p, view_.group.rank);
     }
-    return kFine;
+    return kOk;
   }
 
-  // After tile k's places have been emptied. Needs all threads of the block, each with its own trouble. True, at a
-  // tile that gives credit, if any of them is in trouble: then all are.
-  __device__ __forceinline__ bool give_credit(int64_t k, Trouble& trouble) const {
-    __shared__ Trouble of_block;
-    if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingPlaces >= num_tiles_) return false;
-    if (trouble != kFine) {
-      fail_group(view_.group, world_of<kWorld>(view_.group), trouble, op_,
+  // After tile k's slots have been emptied. Needs all threads of the block, each with its own status. At a tile that
+  // gives credit, returns true if any of them has failed: then `status` says so in all of them.
+  __device__ __forceinline__ bool give_credit(int64_t k, Status& status) const {
+    __shared__ Status status_of_block;
+    if (k % kCreditTiles != kCreditTiles - 1 || k + 1 - kCreditTiles + kRingSlots >= num_tiles_) return false;
+    if (status != kOk) {
+      fail_group(view_.group, world_of<kWorld>(view_.group), status, op_,
                  epoch_ / kEpoch);  // before others of the block wait as long
-      of_block = trouble;
+      status_of_block = status;
     }
-    if (__syncthreads_or(trouble != kFine)) {
-      trouble = of_block;
+    if (__syncthreads_or(status != kOk)) {
+      status = status_of_block;
       return true;
     }
     if (threadIdx.x < world_of<kWorld>(view_.group) - 1) {
       const int rank = view_.group.rank, peer = sender_at(threadIdx.x, rank);
-      ptx::store_release_sys(credit_of(view_, peer, place_of_sender(rank, peer)), credit_for(k));
+      ptx::store_release_sys(credit_of(view_, peer, sender_index(rank, peer)), credit_for(k));
     }
     return false;
   }

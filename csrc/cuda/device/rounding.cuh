@@ -1,5 +1,5 @@
 // Division and square root, rounded to nearest even, without the calls that the compiler's own make for numbers which
-// are seldom met: a kernel with a call in it, though never made, takes 0.25 us longer. CUDA headers alone.
+// seldom occur: a kernel with a call in it, though never made, takes 0.25 us longer. CUDA headers alone.
 //
 // What the hardware approximates is corrected by what it leaves over, which a fused multiply-add gives exactly
 // (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990). tests/rounding.cu

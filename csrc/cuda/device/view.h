@@ -5,61 +5,66 @@
 
 #include <cstdint>
 
+#include "dispatch.h"
+#include "ops.h"
+
 namespace sgl_comm::device {
 
-constexpr int kMaxRanks = 8;
-
-constexpr unsigned long long kEpoch = 1 << 16;
+constexpr unsigned long long kEpoch = 1 << 16;  // of Control::started, the unit in which epochs are counted
 
 // The first bytes of each rank's workspace, of which a launch reads 16 at its start.
-//   started  the epoch, times kEpoch. Every block of a launch adds to it once, in all kEpoch, when all its threads have
-//            read it: a block that has not yet read still finds the old epoch.
-//   abort    0, or a packed AbortCode: the group has failed. Written by any rank's kernel, the first time for good.
-//   baton    a packed Baton, written at the end of each launch by the block whose addition made up its kEpoch.
+//   started       the epoch, times kEpoch. Every block of a launch adds to it once, in all kEpoch, when all its
+//                 threads have read it: a block that has not yet read still finds the old epoch.
+//   abort         0, or a packed AbortCode: the group has failed. Written by any rank's kernel, the first time for
+//   good. buffer_state  a packed BufferState, written at the end of each launch by the block whose addition made up its
+//   kEpoch.
 // All of it is written by the rank's own kernels, `abort` by the peers' too.
 struct alignas(16) Control {
   unsigned long long started;
   uint32_t abort;
-  uint32_t baton;
+  uint32_t buffer_state;
   uint32_t fault_claimed;  // by the first thread of this rank that reports the fault to the host
 };
 
-// What a launch leaves to the next one: which of three banks that is to take, which bank it has itself used, how many
-// packs at the start of that bank it has left full for the next one to empty, and which epoch has ended.
-struct Baton {
-  static constexpr uint32_t kBankBits = 2, kCountBits = 14, kEpochBits = 32 - 2 * kBankBits - kCountBits;
-  static constexpr uint32_t kPacksPerCount = 4;  // the last few of a bank are emptied though they are empty
+// What a launch leaves to the next one: which of the three buffers the next one uses, which buffer this one has used,
+// how many packs at the start of that buffer it has left full for the next one to empty, and which epoch has ended.
+struct BufferState {
+  static constexpr uint32_t kBufferBits = 2, kCountBits = 14, kEpochBits = 32 - 2 * kBufferBits - kCountBits;
+  static constexpr uint32_t kPacksPerCount = 4;  // the last few of a buffer are emptied though they are empty
   static constexpr uint32_t kMostPacks = ((1u << kCountBits) - 1) * kPacksPerCount;
 
-  uint32_t bank;
-  uint32_t previous_bank;
+  uint32_t buffer;
+  uint32_t previous_buffer;
   uint32_t packs_to_empty;
-  uint32_t epoch;  // the last bits of that of the launch which reads this
+  uint32_t epoch;  // the last bits of the epoch of the launch that reads this
 
   __host__ __device__ constexpr uint32_t packed() const {
     const uint32_t count = (packs_to_empty + kPacksPerCount - 1) / kPacksPerCount;
-    return epoch << (2 * kBankBits + kCountBits) | count << (2 * kBankBits) | previous_bank << kBankBits | bank;
+    return epoch << (2 * kBufferBits + kCountBits) | count << (2 * kBufferBits) | previous_buffer << kBufferBits |
+           buffer;
   }
-  static __host__ __device__ constexpr Baton unpacked(uint32_t word) {
-    constexpr uint32_t kBank = (1u << kBankBits) - 1, kCount = (1u << kCountBits) - 1;
-    return {word & kBank, word >> kBankBits & kBank, (word >> (2 * kBankBits) & kCount) * kPacksPerCount,
-            word >> (2 * kBankBits + kCountBits)};
+  static __host__ __device__ constexpr BufferState unpacked(uint32_t word) {
+    constexpr uint32_t kBuffer = (1u << kBufferBits) - 1, kCount = (1u << kCountBits) - 1;
+    return {word & kBuffer, word >> kBufferBits & kBuffer, (word >> (2 * kBufferBits) & kCount) * kPacksPerCount,
+            word >> (2 * kBufferBits + kCountBits)};
   }
-  // For the launch after one that had this baton and leaves `packs` full. Why these banks: push.cuh.
-  __host__ __device__ constexpr Baton next(uint32_t packs) const {
-    const uint32_t third = 3 - bank - previous_bank;
-    return {packs_to_empty == 0 ? previous_bank : third, bank, packs, last_bits(epoch + 1)};
+  // For the launch after one that had this state and leaves `packs` packs full. push.cuh says why these buffers.
+  __host__ __device__ constexpr BufferState next(uint32_t packs) const {
+    const uint32_t third = 3 - buffer - previous_buffer;
+    return {packs_to_empty == 0 ? previous_buffer : third, buffer, packs, last_bits(epoch + 1)};
   }
-  // For the launch after one that had this baton and has not touched the banks.
-  __host__ __device__ constexpr Baton passed_on() const {
-    return {bank, previous_bank, packs_to_empty, last_bits(epoch + 1)};
+  // For the launch after one that had this state and has not touched the buffers.
+  __host__ __device__ constexpr BufferState unchanged() const {
+    return {buffer, previous_buffer, packs_to_empty, last_bits(epoch + 1)};
   }
   static __host__ __device__ constexpr uint32_t last_bits(uint64_t epoch) {
     return static_cast<uint32_t>(epoch) & ((1u << kEpochBits) - 1);
   }
 };
-constexpr uint32_t kBanks = 3;
-__host__ __device__ constexpr Baton first_baton(uint64_t epoch) { return {0, 1, 0, Baton::last_bits(epoch)}; }
+constexpr uint32_t kBuffers = 3;
+__host__ __device__ constexpr BufferState first_buffer_state(uint64_t epoch) {
+  return {0, 1, 0, BufferState::last_bits(epoch)};
+}
 constexpr int64_t kControlBytes = 4096;
 
 // Why a group has failed: what rank `rank` saw, of rank `peer`.
@@ -72,14 +77,11 @@ struct AbortCode {
   }
 };
 
-// What a launch is, for the words of an error.
-enum Op : uint32_t { kAllReduce, kReduceScatter, kAllGather, kCustomAllReduceV1, kAllReduceLayerNorm, kBroadcast };
-
 // In host memory, written by the GPU once: what this rank's host reads of a failure.
 struct Fault {
   uint32_t written;
   uint32_t abort;
-  uint32_t op;
+  uint32_t op;  // an Op
   uint32_t block;
   unsigned long long epoch;
 };
@@ -91,7 +93,7 @@ struct HostAbort {
 };
 
 struct GroupView {
-  uint8_t* workspace[kMaxRanks];  // every rank's, as mapped here: its Control, then what its communicator keeps there
+  uint8_t* workspace[kMaxWorld];  // every rank's, as mapped here: its Control, then what its communicator keeps there
   Fault* fault;
   const HostAbort* host_abort;
   uint32_t timeout_ticks;  // of 2^20 ns

@@ -26,8 +26,8 @@ from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer
 from sgl_comm.grafter.faults import ExchangeFault
 from sgl_comm.grafter.filters import Filter
 from sgl_comm.grafter.header import DTYPES, Extras, Header, tags_of
-from sgl_comm.grafter.journal import Journal
 from sgl_comm.grafter.records import RecordedPeer, Recorder
+from sgl_comm.grafter.report import ReportWriter
 from sgl_comm.grafter.transforms import Layout, as_layout, load_transform
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Grafter:
         self._transform = load_transform(config.transform_path) if config.transform_path else None
         self._lock = threading.RLock()
         self._sequence = 0
-        self._journal = Journal(config, self.rank)
+        self._report = ReportWriter(config, self.rank)
         peer = LivePeer if config.live else Recorder if config.mode == "record" else RecordedPeer
         self._peer = peer(config, self.rank)
         _open_grafters.add(self)
@@ -75,7 +75,7 @@ class Grafter:
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors were sent, received, observed, recorded, skipped, unmatched, faults."""
-        return dict(self._journal.counts) if self.config.enable else {}
+        return dict(self._report.counts) if self.config.enable else {}
 
     def maybe_intercept(
         self,
@@ -102,9 +102,9 @@ class Grafter:
         if not self.enabled:
             return
         if torch.compiler.is_compiling():
-            from sgl_comm.grafter import uncompiled
+            from sgl_comm.grafter import graph_break
 
-            uncompiled.intercept(self, value, tags, extras, layout)
+            graph_break.call(self._intercept, value, tags, extras, layout)
         else:
             self._intercept(value, tags, extras, layout)
 
@@ -154,7 +154,7 @@ class Grafter:
         with self._lock:
             self.enabled = False
             self._peer.close()
-            self._journal.close()
+            self._report.close()
         _open_grafters.discard(self)
 
     def __enter__(self) -> Grafter:
@@ -174,7 +174,7 @@ class Grafter:
             tags = tags if isinstance(tags, Mapping) else {}
             direction = self._direction({**tags, "rank": self.rank})
             if direction is None:
-                self._journal.counts["unmatched"] += 1
+                self._report.counts["unmatched"] += 1
                 return
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise SglCommError(
@@ -182,7 +182,7 @@ class Grafter:
                     " could not meet the other side (capture without the grafter, or run eagerly)"
                 )
             if self.off or (not self.config.live and (direction == self._sends) != (self.config.mode == "record")):
-                self._journal.counts["skipped"] += 1
+                self._report.counts["skipped"] += 1
                 return
             mine = self._header(direction, value, tags, extras, layout)
             self._sequence += 1
@@ -253,7 +253,7 @@ class Grafter:
         num_bytes = value.numel() * value.element_size()
         if not isinstance(got, Delivery):
             outcome = "skipped" if got.skipped else "recorded" if self.config.mode == "record" else "sent"
-            self._journal.exchange(mine, None, outcome, num_bytes, time.perf_counter() - start, got.skipped)
+            self._report.exchange(mine, None, outcome, num_bytes, time.perf_counter() - start, got.skipped)
             return
         takes, by_baseline = self.config.mode == "graft", mine.direction == "b2t"
         if got.totals is not None:
@@ -261,17 +261,17 @@ class Grafter:
         else:
             placed = got.place(me, value, self._transform, mine, self.config.on_dtype)
             if isinstance(placed, str):
-                self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
+                self._report.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
                 return
             incoming, ours = placed
             comparison = compare(incoming, ours, by_baseline)
             if takes:
                 ours.copy_(incoming)
         outcome = "received" if takes else "observed"
-        self._journal.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
+        self._report.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
 
     def _fail(self, mine: Header, error: Exception) -> None:
-        self._journal.fault(mine, str(error))
+        self._report.fault(mine, str(error))
         text = f"grafter: {self.config.role} rank {self.rank}, {mine}: {error}"
         if self.off:
             text += "; the grafter is off from here on"

@@ -1,20 +1,18 @@
-"""What compiled code calls to leave the compiler.
+"""Calls out of compiled code: a break in the compiler's graph.
 
-A module of its own, imported at that moment: the decorator imports torch's whole compiler, which takes most of a second
-and fails for a user without a name in the system's list of users.
+A module of its own, imported when compiled code needs it: the decorator imports torch's whole compiler, which takes
+most of a second and fails for a user without a name in the system's list of users.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from sgl_comm.grafter.grafter import Grafter
-
 
 @torch.compiler.disable
-def intercept(grafter: Grafter, *args: Any) -> None:
-    """``Grafter.maybe_intercept`` as plain Python, after a break in the graph."""
-    grafter._intercept(*args)
+def call(function: Callable[..., None], *args: Any) -> None:
+    """Calls a function as plain Python, after a break in the graph."""
+    function(*args)

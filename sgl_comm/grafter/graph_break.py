@@ -1,7 +1,7 @@
 """Calls out of compiled code: a break in the compiler's graph.
 
-A module of its own, imported when compiled code needs it: the decorator imports torch's whole compiler, which takes
-most of a second and fails for a user without a name in the system's list of users.
+It is imported only when compiled code needs it: the decorator imports torch's whole compiler, which takes most of a
+second and fails for a user without a name in the system's list of users.
 """
 
 from __future__ import annotations

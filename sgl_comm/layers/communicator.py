@@ -35,7 +35,7 @@ class LayerCommunicator:
         mlp_reduces: the MLP's down-projection reduces its output itself, and gives a tensor.
 
     Raises:
-        SglCommError: modes that nothing leads between, or an MLP that would be reduced twice.
+        SglCommError: modes without a transition between them, or an MLP that would be reduced twice.
     """
 
     def __init__(

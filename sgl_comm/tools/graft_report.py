@@ -18,7 +18,7 @@ from sgl_comm.tools import command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``graft-report`` is asked."""
+    """Adds the arguments of ``graft-report``."""
     parser.add_argument("folder", metavar="DIR", help="the grafters' report_dir, with the files of both sides")
     parser.add_argument(
         "--threshold", type=_threshold, default=DEFAULT_THRESHOLD, metavar="REL_L2",
@@ -61,7 +61,7 @@ def _cannot(error: Exception) -> int:
 
 
 def _print(text: str) -> None:
-    """Letters that the terminal does not have go as escape sequences."""
+    """Prints a text; letters that the terminal does not have become escape sequences."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
 

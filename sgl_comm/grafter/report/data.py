@@ -144,8 +144,12 @@ def _row(lines: Sequence[Exchange], threshold: float) -> Row:
 
 
 def _diverges(each: Comparison, threshold: float) -> bool:
-    uneven = each.nan[0] != each.nan[1] or each.inf[0] != each.inf[1]
-    return uneven or not each.rel_l2 <= threshold  # a NaN is not
+    return nonfinite_differ(each) or not each.rel_l2 <= threshold  # a NaN is not
+
+
+def nonfinite_differ(comparison: Comparison) -> bool:
+    """Whether NaNs or infinities are not as many in theirs as in ours."""
+    return comparison.nan[0] != comparison.nan[1] or comparison.inf[0] != comparison.inf[1]
 
 
 def _merged(compared: Sequence[Comparison]) -> Comparison:
@@ -153,17 +157,17 @@ def _merged(compared: Sequence[Comparison]) -> Comparison:
     return Comparison(
         sum(each.numel for each in compared),
         sum(each.differing for each in compared),
-        -_largest(-each.cosine for each in compared),
-        _largest(each.rel_l2 for each in compared),
-        _largest(each.max_abs for each in compared),
+        -largest(-each.cosine for each in compared),
+        largest(each.rel_l2 for each in compared),
+        largest(each.max_abs for each in compared),
         max(ulps) if ulps else None,
         (sum(each.nan[0] for each in compared), sum(each.nan[1] for each in compared)),
         (sum(each.inf[0] for each in compared), sum(each.inf[1] for each in compared)),
     )
 
 
-def _largest(values: Iterable[float]) -> float:
-    """NaN if there is one, wherever it stands."""
+def largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is one."""
     return max(values, key=lambda value: (math.isnan(value), value))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter.report.data import ReportData, Row
+from sgl_comm.grafter.report.data import ReportData, Row, largest
 from sgl_comm.grafter.report.labels import shortened, tags_label
 from sgl_comm.grafter.report.wording import tensor_label
 
@@ -251,7 +251,7 @@ def _draw_grid(axis: Any, grid: _Grid, scale: _Scale, first: Row | None) -> None
     values = np.full((len(grid.steps), len(grid.layers)), np.nan)
     written = max(values.shape) <= _WRITTEN_CELLS
     for (line, column), rows in grid.cells.items():
-        worst = max((_rel_l2(row) for row in rows), key=lambda value: (math.isnan(value), value))
+        worst = largest(_rel_l2(row) for row in rows)
         beyond = not worst < math.inf or any(_is_uneven(row, scale.threshold) for row in rows)
         values[line, column] = high + 1 if beyond else low - 1 if worst == 0 else math.log10(scale.height(worst))
         if written:

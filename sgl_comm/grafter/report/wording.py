@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sgl_comm.grafter.report.data import ReportData, Row
+from sgl_comm.grafter.report.data import ReportData, Row, nonfinite_differ
 from sgl_comm.grafter.report.labels import ranks_label, tags_label
 from sgl_comm.grafter.report.reader import Fault
 
@@ -82,11 +82,11 @@ def counts_text(counts: Mapping[str, int], markup: Markup = str) -> str:
 def _reason(row: Row, threshold: float) -> str:
     comparison, reasons = row.comparison, []
     assert comparison is not None
-    nan, inf = comparison.nan, comparison.inf
     if not comparison.rel_l2 <= threshold:
         reasons.append(f"rel_l2 {comparison.rel_l2:.3g}, threshold {threshold:g}")
-    if nan[0] != nan[1] or inf[0] != inf[1]:
-        theirs, ours = (f"{nans} NaN and {infs} infinities" for nans, infs in zip(nan, inf, strict=True))
+    if nonfinite_differ(comparison):
+        pairs = zip(comparison.nan, comparison.inf, strict=True)
+        theirs, ours = (f"{nans} NaN and {infs} infinities" for nans, infs in pairs)
         reasons.append(f"theirs has {theirs}, ours {ours}")
     return ", ".join(reasons) or "NaN or infinities are on other ranks in theirs than in ours"
 

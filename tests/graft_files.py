@@ -9,20 +9,20 @@ from typing import Any
 from sgl_comm.grafter.compare import Comparison
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.header import Header
-from sgl_comm.grafter.journal import Journal
+from sgl_comm.grafter.report import ReportWriter
 
 EQUAL = Comparison(8, 0, 1.0, 0.0, 0.0, 0, (0, 0), (0, 0))
 EVIL = "<script>alert(1)</script>|`x`\x1b[31m"
 """A text that would mean something in HTML, Markdown or a terminal."""
 
 
-def journal(folder: Path, role: str, rank: int = 0, world: int = 1, **fields: Any) -> Journal:
+def journal(folder: Path, role: str, rank: int = 0, world: int = 1, **fields: Any) -> ReportWriter:
     """One rank's, on sides of ``world`` ranks each."""
     config = GrafterConfig(
         enable=True, role=role, b2t_filter="True", master_address="127.0.0.1", master_port=1, baseline_world_size=world,
         target_world_size=world, report_dir=str(folder), **fields,
     )  # fmt: skip
-    return Journal(config, rank)
+    return ReportWriter(config, rank)
 
 
 def header(sequence: int, name: str, direction: str = "b2t", **tags: Any) -> Header:

@@ -11,7 +11,7 @@ from grafting import config_of
 
 from sgl_comm import SglCommError, envs
 from sgl_comm.grafter import Filter, Grafter, GrafterConfig, Pad, Replicate, Shard
-from sgl_comm.grafter.transforms import as_layout
+from sgl_comm.grafter.layouts import as_layout
 
 
 def config(**fields: Any) -> GrafterConfig:

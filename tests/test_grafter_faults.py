@@ -27,7 +27,7 @@ SHORT_S = 1.0
 """How long an exchange may take here in which somebody does not come."""
 
 MEET_S = 2.0
-"""How long a meeting may. A twentieth more is what it has to say on a busy machine who did not come."""
+"""How long a handshake may take; on a busy machine a twentieth more passes until it names who did not come."""
 
 LATE_S = 0.5
 """How much later than that either may end on a busy machine."""
@@ -184,13 +184,15 @@ def test_another_shape_is_never_broadcast(pair: Systems, tmp_path: Path, policy:
     assert target["counts"] == {"skipped" if policy == "skip" else "faults": 1, "received": 1}
 
 
-def test_wholes_that_differ_are_a_fault_under_layouts(pair: Systems, tmp_path: Path) -> None:
+def test_full_tensors_that_differ_are_a_fault_under_layouts(pair: Systems, tmp_path: Path) -> None:
     bad = call(torch.ones(4, 2), torch.zeros(4, 3), layouts={"baseline": "Shard(0)", "target": "Shard(1)"})
     mixed = call(torch.ones(4), torch.zeros(4), layouts={"baseline": "Pad(0, 9)"})
     _, target = of_both(pair, tmp_path, [bad, mixed, ones_and_twos()], layout="Replicate")
     assert_faulty(target, 0, torch.zeros(4, 3), faults=2)
     text = journal_of(tmp_path, "target")
-    assert "got a whole of [4, 2] (Shard(0)) from the sending side and of [4, 3] (Shard(1)) on the receiving" in text
+    assert (
+        "got a full tensor of [4, 2] (Shard(0)) from the sending side and of [4, 3] (Shard(1)) on the receiving" in text
+    )
     assert "expected at least 9 elements along dim 0" in text
     assert target["found"][2].tolist() == [1.0] * 4
 
@@ -337,7 +339,7 @@ def run_with_transform_on(ctx: RankContext, fields: dict[str, Any], report_dir: 
         return grafter.counts, value[0].item()
 
 
-def test_after_a_failed_meeting_the_port_is_free_at_once(tmp_path: Path) -> None:
+def test_after_a_failed_handshake_the_port_is_free_at_once(tmp_path: Path) -> None:
     fields = config_of("baseline", (1, 1), free_port(), timeout=1.0)
     for strict in (True, True, False):
         with Grafter(GrafterConfig(**fields, b2t_filter="True", report_dir=str(tmp_path), strict=strict)) as grafter:

@@ -11,8 +11,9 @@ from grafting import config_of, free_port
 from torch.distributed import PrefixStore, TCPStore
 
 from sgl_comm.grafter import GrafterConfig
-from sgl_comm.grafter.faults import Deadline, TransportFault
-from sgl_comm.grafter.meeting import Meeting, meet
+from sgl_comm.grafter.faults import TransportFault
+from sgl_comm.grafter.transport.deadline import Deadline
+from sgl_comm.grafter.transport.handshake import Session, handshake
 
 SECONDS = 2.0
 
@@ -22,10 +23,10 @@ def config(role: str, port: int, **fields: Any) -> GrafterConfig:
     return GrafterConfig(**{**values, **fields})
 
 
-def come(role: str, rank: int, port: int, **fields: Any) -> Meeting | str:
-    """The meeting, or why there is none."""
+def come(role: str, rank: int, port: int, **fields: Any) -> Session | str:
+    """The session, or why there is none."""
     try:
-        return meet(config(role, port, **fields), rank, Deadline(SECONDS))
+        return handshake(config(role, port, **fields), rank, Deadline(SECONDS))
     except TransportFault as error:
         return str(error)
 
@@ -36,21 +37,21 @@ def stranger(port: int, is_master: bool = False) -> tuple[TCPStore, PrefixStore]
     return store, PrefixStore("sgl_comm/grafter/sgl_comm_grafter", store)
 
 
-def test_a_verdict_of_another_meeting_lets_nobody_in() -> None:
+def test_a_verdict_of_another_handshake_lets_nobody_in() -> None:
     """One who has read it, and now listens where the baseline should, has no use for it."""
     port = free_port()
     with ThreadPoolExecutor(3) as everyone:
         ranks = [("baseline", 0), ("target", 0), ("target", 1)]
-        met = list(everyone.map(lambda who: come(*who, port), ranks))
-        assert all(isinstance(each, Meeting) for each in met)
+        sessions = list(everyone.map(lambda who: come(*who, port), ranks))
+        assert all(isinstance(each, Session) for each in sessions)
         read = stranger(port)[1]
         heard = {key: read.get(key) for key in ("challenge", "verdict")}
-    del met
+    del sessions
     port = free_port()
     server, written = stranger(port, is_master=True)
     for key, value in heard.items():
         written.set(key, value)
-    assert "gave the verdict of another meeting" in str(come("target", 0, port))
+    assert "gave the verdict of another handshake" in str(come("target", 0, port))
     del server
 
 

@@ -13,10 +13,9 @@ from graft_files import EQUAL, EVIL, errors, header, journal, write, write_model
 
 from sgl_comm.__main__ import main
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter import plot
 from sgl_comm.grafter.compare import Comparison
 from sgl_comm.grafter.header import Header
-from sgl_comm.grafter.report import Report
+from sgl_comm.grafter.report import Report, plot
 
 
 def png_size(data: bytes) -> tuple[int, int]:

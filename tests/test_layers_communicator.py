@@ -24,7 +24,7 @@ from sgl_comm.layers import (
     final_norm,
 )
 from sgl_comm.models import ModelConfig, Step3p5
-from sgl_comm.models.blocks import Place
+from sgl_comm.models.blocks import TokenPositions
 from sgl_comm.testing import RankContext, run_ranks
 
 A2A = "all_to_all_single"
@@ -63,7 +63,7 @@ def collectives_of_layers(ctx: RankContext, config: ParallelConfig, stack: str, 
         model = Step3p5(ModelConfig(stack), groups, ctx.group, **{**NEITHER, **options})
         groups.set_num_tokens([3] * config.attn_dp_size)
         cache = model.make_cache(1, 3)
-        place = Place.behind(cache, 3, model.config)
+        place = TokenPositions.after(cache, 3, model.config)
         hidden, residual = torch.ones(3, model.config.hidden_size), None
         for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
             with Collectives(groups) as attn:
@@ -77,7 +77,7 @@ def collectives_of_layers(ctx: RankContext, config: ParallelConfig, stack: str, 
             assert layer.comm.should_use_reduce_scatter() == ("RS tp" in after.seen)
             told.append(" | ".join(", ".join(stage.seen) for stage in (attn, mlp, after)))
         with Collectives(groups) as final:
-            final_norm(groups, model.ends.norm, hidden, residual)
+            final_norm(groups, model.outer.norm, hidden, residual)
         assert not final.seen
     return told
 

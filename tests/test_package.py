@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,61 @@ def test_build_info_says_what_was_built() -> None:
     assert info.version == sgl_comm.__version__
     assert info.cuda_built == (info.cuda_reason is None)
     assert re.match(r"\d+\.\d+", info.torch_target_version)
+
+
+def imports_of(source: str, name: str, is_package: bool, known: Mapping[str, object]) -> set[str]:
+    """The modules out of ``known`` that a module imports, wherever it does: inside functions and for type checks too.
+
+    The packages around a module are not counted, although Python imports them before it.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = name.split(".")[: len(name.split(".")) + is_package - node.level] if node.level else []
+            origin = ".".join([*parents, *filter(None, [node.module])])
+            names = {f"{origin}.{alias.name}" for alias in node.names}
+            found |= names if names <= known.keys() else names | {origin}
+    return (found & known.keys()) - {name}
+
+
+def import_circle(sources: Mapping[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """Modules of which each imports the next, and the last one is the first; none where there is no such circle."""
+    graph = {name: imports_of(source, name, name in packages, sources) for name, source in sources.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    root = Path(sgl_comm.__file__).parent
+    sources, packages = {}, set()
+    for path in root.rglob("*.py"):
+        name = ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+        sources[name] = path.read_text()
+        packages |= {name} if path.name == "__init__.py" else set()
+    assert {"sgl_comm", "sgl_comm.communicator", "sgl_comm.grafter", "sgl_comm.layers.communicator"} <= sources.keys()
+    circle = import_circle(sources, frozenset(packages))
+    assert not circle, " -> ".join(circle)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import p.a",
+        "from p.a import x",
+        "from p import a",
+        "from .. import a",
+        "from ..a import x",
+        "def f():\n    from p import a",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import x",
+    ],
+)
+def test_a_circle_of_imports_is_found_however_it_is_made(back: str) -> None:
+    sources = {"p": "", "p.a": "from p.q import b", "p.q": "", "p.q.b": back, "p.q.c": "from p import a\nimport os"}
+    packages = frozenset({"p", "p.q"})
+    assert sorted(set(import_circle(sources, packages))) == ["p.a", "p.q.b"]
+    assert import_circle({**sources, "p.q.b": "import os"}, packages) == []

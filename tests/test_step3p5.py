@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sgl_comm import ops
 from sgl_comm.layers import LayerGroups, ParallelConfig
 from sgl_comm.models import Cache, ModelConfig, Step3p5, Unsharded, greedy
-from sgl_comm.models.blocks import LayerWeights, Place
+from sgl_comm.models.blocks import LayerWeights, TokenPositions
 from sgl_comm.testing import RankContext, bits_equal
 
 CONFIG = ModelConfig("DMMD")
@@ -217,8 +217,8 @@ def test_attention_is_torch_s_without_rotation_and_gates() -> None:
     config = ModelConfig("D", qk_norm=False, head_gate=False)
     layer = LayerWeights.make(config, 0, torch.device("cpu")).attention
     cache = Cache.make(config, config.kv_heads, 2, 9, torch.device("cpu"))
-    place = Place.behind(cache, 6, config)
-    still = Place(place.positions, torch.ones_like(place.cos), torch.zeros_like(place.sin), place.future)
+    place = TokenPositions.after(cache, 6, config)
+    still = TokenPositions(place.positions, torch.ones_like(place.cos), torch.zeros_like(place.sin), place.future)
     x = torch.randn(12, 32, generator=generator("attention"))
     query, key, value = (
         part.view(2, 6, -1, config.head_size).transpose(1, 2) for part in (x @ layer.inputs.mT).split([32, 16, 16], 1)

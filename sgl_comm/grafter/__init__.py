@@ -4,6 +4,6 @@ from sgl_comm.grafter.compare import Comparison
 from sgl_comm.grafter.config import GrafterConfig
 from sgl_comm.grafter.filters import Filter
 from sgl_comm.grafter.grafter import Grafter
-from sgl_comm.grafter.transforms import Layout, Pad, Replicate, Shard
+from sgl_comm.grafter.layouts import Layout, Pad, Replicate, Shard
 
 __all__ = ["Comparison", "Filter", "Grafter", "GrafterConfig", "Layout", "Pad", "Replicate", "Shard"]

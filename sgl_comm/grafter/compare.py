@@ -32,8 +32,8 @@ class Comparison:
         cosine: of the angle between the two; 1 where both are zero.
         rel_l2: the norm of the difference over the norm of the baseline's tensor; infinite where that alone is zero.
         max_abs: the largest difference.
-        max_ulp: the same in representable values of the dtype (neighbours are 1 apart); None for other dtypes than
-            float32, bfloat16, float16 and float64.
+        max_ulp: the largest difference in representable values of the dtype (neighbours are 1 apart); None for dtypes
+            other than float32, bfloat16, float16 and float64.
         nan, inf: how many NaNs and infinities (theirs, ours).
     """
 
@@ -60,7 +60,7 @@ def compare(theirs: Tensor, ours: Tensor, baseline_is_theirs: bool) -> Compariso
 
 
 def _totals(theirs: Tensor, ours: Tensor) -> Tensor:
-    """What the op gives, in plain PyTorch: for other devices and dtypes."""
+    """What ``_grafter_compare`` gives, in plain PyTorch: for devices and dtypes that the op does not take."""
     if theirs.dtype in _SHORT:
         found = _totals_of_finite(theirs, ours)
         # As the op does: squares may also be too small for fp32.
@@ -82,7 +82,7 @@ def _totals(theirs: Tensor, ours: Tensor) -> Tensor:
 
 
 def _totals_of_finite(theirs: Tensor, ours: Tensor) -> Tensor:
-    """The same with a quarter of the traffic, if all numbers and their squares in fp32 are finite; else some is not."""
+    """``_totals`` with a quarter of the traffic; some total is not finite where a number or its fp32 square is not."""
     a, b = theirs.to(torch.float32), ours.to(torch.float32)
     bits = _BITS[theirs.dtype]
     differing = (theirs.contiguous().view(bits) != ours.contiguous().view(bits)).sum()
@@ -117,7 +117,7 @@ def _ulps(a: Tensor, b: Tensor) -> Tensor:
 
 
 def comparison_of(ours: Tensor, totals: Tensor, baseline_is_theirs: bool) -> Comparison:
-    """Out of what ``_grafter_compare`` or ``_grafter_receive_`` gave."""
+    """The comparison made of the totals that ``_grafter_compare`` or ``_grafter_receive_`` gave."""
     _, differing, nan_a, nan_b, inf_a, inf_b, aa, bb, dd, max_abs, max_ulp = totals.tolist()
     base = aa if baseline_is_theirs else bb
     if dd == 0:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sgl_comm import envs
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.filters import Filter
-from sgl_comm.grafter.transforms import Layout, as_layout
+from sgl_comm.grafter.layouts import Layout, as_layout
 
 _CHOICES = {
     "role": ("baseline", "target"),
@@ -25,7 +25,7 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class GrafterConfig:
-    """One side of two running systems between which tensors are moved. Where ``enable`` is False nothing else counts.
+    """One side of two running systems between which tensors are moved. Without ``enable`` all else is ignored.
 
     Attributes:
         enable: whether tensors are moved at all.
@@ -38,7 +38,7 @@ class GrafterConfig:
         backend: what carries tensors: "gloo"; "nccl" (CUDA tensors; the rest by gloo); "shm" (shared memory of one
             host, gloo where there is none).
         group_name: a name of this pair of systems, alike on both sides.
-        timeout: seconds for the meeting of both sides, and again for each exchange.
+        timeout: seconds for the handshake of both sides, and again for each exchange.
         mode: "graft" writes into the receiver's tensor; "observe" compares and leaves it alone; "record" writes this
             side's tensors into ``record_dir`` and needs no other side.
         layout: how this side's ranks hold a tensor, unless a call says otherwise: a ``Layout`` or its text. None: rank
@@ -47,9 +47,10 @@ class GrafterConfig:
         on_dtype, on_shape: what the receiver does with another dtype or shape: "error"; "cast" (another shape: reshape
             of as many elements, else an error); "skip".
         strict: raise every fault, instead of logging and counting it.
-        token: alike on both sides, else they do not meet. Needed where the address is not this host's own.
-        report_dir: where this rank's lines go (``graft-<role>-<rank>.jsonl``, written anew).
-        record_dir: with mode="record" where tensors are written; with mode="observe" what stands for the other side.
+        token: alike on both sides, else the handshake fails. Needed where the address is not this host's own.
+        report_dir: the folder of this rank's report file (``graft-<role>-<rank>.jsonl``, written anew).
+        record_dir: with mode="record" the folder that tensors are written into; with mode="observe" the folder of
+            records that are read instead of the other side's tensors.
 
     Raises:
         SglCommError: where it is enabled, fields that are missing, all of them by name; values that cannot be.
@@ -80,8 +81,8 @@ class GrafterConfig:
     def __post_init__(self) -> None:
         if not self.enable:
             return
-        self._refuse_types()
-        self._refuse_missing()
+        self._check_types()
+        self._check_missing()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SglCommError(f"grafter: got {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -129,12 +130,12 @@ class GrafterConfig:
 
     @property
     def live(self) -> bool:
-        """Whether there is another side, rather than a folder of records."""
+        """Whether there is another running side, rather than a folder of records."""
         return self.mode == "graft" or (self.mode == "observe" and not self.record_dir)
 
     @property
     def gathers(self) -> bool:
-        """Whether all of the receivers' ranks get all pieces, rather than rank i rank i's."""
+        """Whether every receiver gets the pieces of all senders, rather than rank i that of rank i."""
         return self.layout is not None or bool(self.transform_path)
 
     @property
@@ -155,11 +156,11 @@ class GrafterConfig:
             SglCommError: nothing says it, or it is out of range.
         """
         if self.rank is not None:
-            rank, whence = self.rank, "rank"
+            rank, origin = self.rank, "rank"
         elif dist.is_available() and dist.is_initialized():
-            rank, whence = dist.get_rank(), "the default group's rank"
+            rank, origin = dist.get_rank(), "the default group's rank"
         elif os.environ.get("RANK"):
-            rank, whence = _parsed("RANK", os.environ["RANK"], "int"), "RANK"
+            rank, origin = _parsed("RANK", os.environ["RANK"], "int"), "RANK"
         elif self.world_size == 1:
             return 0
         else:
@@ -169,12 +170,12 @@ class GrafterConfig:
             )
         if not 0 <= rank < self.world_size:
             raise SglCommError(
-                f"grafter: got rank {rank} ({whence}); expected 0 to {self.world_size - 1}, the {self.role} having"
+                f"grafter: got rank {rank} ({origin}); expected 0 to {self.world_size - 1}, the {self.role} having"
                 f" {self.world_size} ranks"
             )
         return rank
 
-    def _refuse_types(self) -> None:
+    def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kinds = _KINDS[str(field.type).removesuffix(" | None")]
@@ -187,7 +188,7 @@ class GrafterConfig:
         except UnicodeEncodeError:
             raise SglCommError("grafter: got a token that is no text; expected one that UTF-8 can say") from None
 
-    def _refuse_missing(self) -> None:
+    def _check_missing(self) -> None:
         needed = ["role"]
         if self.mode == "record":
             needed += ["record_dir"]

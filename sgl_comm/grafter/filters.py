@@ -15,7 +15,7 @@ from typing import Any
 from sgl_comm.errors import SglCommError
 
 Tags = Mapping[str, Any]
-"""What is said of a tensor: its ``name``, and more names with text, numbers, booleans or None."""
+"""Which tensor it is: its ``name``, and more names with text, numbers, booleans or None."""
 
 _Node = Callable[[Tags], Any]
 
@@ -189,10 +189,10 @@ class _Parser:
             find = getattr(re.compile(pattern.value), name)
         except (re.error, OverflowError) as error:
             raise ValueError(f"{_short(pattern.value)} is no regular expression: {error}") from None
-        where = self.node(text)
+        tag = self.node(text)
 
         def found(tags: Tags) -> bool:
-            value = where(tags)
+            value = tag(tags)
             return isinstance(value, str) and find(value) is not None
 
         return found

@@ -20,22 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter.compare import compare, comparison_of
+from sgl_comm.grafter.compare import Comparison, compare, comparison_of
 from sgl_comm.grafter.config import GrafterConfig
-from sgl_comm.grafter.exchange import BY_TRANSFORM, Delivery, LivePeer
+from sgl_comm.grafter.exchange import LivePeer, Peer
 from sgl_comm.grafter.faults import ExchangeFault
 from sgl_comm.grafter.filters import Filter
 from sgl_comm.grafter.header import DTYPES, Extras, Header, tags_of
-from sgl_comm.grafter.journal import Journal
+from sgl_comm.grafter.layouts import Layout, as_layout
+from sgl_comm.grafter.plan import BY_TRANSFORM
 from sgl_comm.grafter.records import RecordedPeer, Recorder
-from sgl_comm.grafter.transforms import Layout, as_layout, load_transform
+from sgl_comm.grafter.report import ReportWriter
+from sgl_comm.grafter.transforms import load_transform
 
 logger = logging.getLogger(__name__)
 
 _MAX_DEPTH = 16
-"""How deep tensors are looked for in what a module returns."""
+"""How many levels of containers in a module's output are searched for tensors."""
 
 _EXIT_S = 1.0
+"""How long, at exit, a thread may go on with an exchange before its grafter is left open."""
 
 _open_grafters: weakref.WeakSet[Grafter] = weakref.WeakSet()
 
@@ -44,7 +47,7 @@ class Grafter:
     """Moves tensors between this running system and another one, as its configuration says.
 
     Each side calls it with its tensors, in one order; those that match a filter are exchanged, others cost nothing.
-    The two sides meet in the first exchange. A context manager; ``close`` ends it.
+    The first exchange connects the two sides. A context manager; ``close`` ends it.
 
     Args:
         config: by default what the environment says.
@@ -67,15 +70,15 @@ class Grafter:
         self._transform = load_transform(config.transform_path) if config.transform_path else None
         self._lock = threading.RLock()
         self._sequence = 0
-        self._journal = Journal(config, self.rank)
+        self._report = ReportWriter(config, self.rank)
         peer = LivePeer if config.live else Recorder if config.mode == "record" else RecordedPeer
-        self._peer = peer(config, self.rank)
+        self._peer: Peer = peer(config, self.rank)
         _open_grafters.add(self)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors were sent, received, observed, recorded, skipped, unmatched, faults."""
-        return dict(self._journal.counts) if self.config.enable else {}
+        return dict(self._report.counts) if self.config.enable else {}
 
     def maybe_intercept(
         self,
@@ -102,9 +105,9 @@ class Grafter:
         if not self.enabled:
             return
         if torch.compiler.is_compiling():
-            from sgl_comm.grafter import uncompiled
+            from sgl_comm.grafter import graph_break
 
-            uncompiled.intercept(self, value, tags, extras, layout)
+            graph_break.call(self._intercept, value, tags, extras, layout)
         else:
             self._intercept(value, tags, extras, layout)
 
@@ -124,7 +127,7 @@ class Grafter:
             patterns: of paths, as file names are matched (``fnmatch``).
             **tags: more tags for all of them.
 
-        A tensor's name is the module's path, with ".0", ".1" or ".key" behind it where a module returns a tuple, list
+        A tensor's name is the module's path, with ".0", ".1" or ".key" after it where a module returns a tuple, list
         or dict of tensors; ``layer`` is the first number in the path, ``step`` how often the module has run since then.
         """
         return self._hooks(model, patterns, tags) if self.enabled else ExitStack()
@@ -140,9 +143,9 @@ class Grafter:
                 def hook(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
                     step = steps[path] = steps.get(path, -1) + 1
                     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-                    where = {"layer": int(number[1]) if number else None, "step": step}
+                    counters = {"layer": int(number[1]) if number else None, "step": step}
                     for name, tensor in _tensors_of(path, output):
-                        self.maybe_intercept(tensor, {"name": name, **where, **tags})
+                        self.maybe_intercept(tensor, {"name": name, **counters, **tags})
 
                 stack.callback(module.register_forward_hook(hook).remove)
             yield
@@ -154,7 +157,7 @@ class Grafter:
         with self._lock:
             self.enabled = False
             self._peer.close()
-            self._journal.close()
+            self._report.close()
         _open_grafters.discard(self)
 
     def __enter__(self) -> Grafter:
@@ -174,28 +177,28 @@ class Grafter:
             tags = tags if isinstance(tags, Mapping) else {}
             direction = self._direction({**tags, "rank": self.rank})
             if direction is None:
-                self._journal.counts["unmatched"] += 1
+                self._report.counts["unmatched"] += 1
                 return
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise SglCommError(
                     f"grafter: got {tags.get('name')!r} inside a CUDA graph capture; expected an eager call: a replay"
-                    " could not meet the other side (capture without the grafter, or run eagerly)"
+                    " could not reach the other side (capture without the grafter, or run eagerly)"
                 )
             if self.off or (not self.config.live and (direction == self._sends) != (self.config.mode == "record")):
-                self._journal.counts["skipped"] += 1
+                self._report.counts["skipped"] += 1
                 return
-            mine = self._header(direction, value, tags, extras, layout)
+            own = self._header(direction, value, tags, extras, layout)
             self._sequence += 1
             try:
                 # A tensor made in inference mode may be written in inference mode alone.
-                made_there = not mine.problem and value.is_inference()
-                with torch.inference_mode() if made_there else torch.no_grad():
-                    self._exchange(mine, None if mine.problem else value.detach())
+                is_inference = not own.problem and value.is_inference()
+                with torch.inference_mode() if is_inference else torch.no_grad():
+                    self._exchange(own, None if own.problem else value.detach())
             except ExchangeFault as error:
-                self._fail(mine, error)
+                self._fail(own, error)
             except Exception as error:
                 self._switch_off(str(error) or type(error).__name__)
-                self._fail(mine, error)
+                self._fail(own, error)
 
     def _direction(self, tags: Mapping[str, Any]) -> str | None:
         b2t = self._b2t is not None and self._b2t(tags)
@@ -210,7 +213,7 @@ class Grafter:
     def _header(
         self, direction: str, value: object, tags: Mapping[str, Any], extras: Extras | None, layout: Layout | str | None
     ) -> Header:
-        """What this rank says of its tensor; what is wrong with it goes to all ranks as the ``problem``."""
+        """This rank's header of its tensor; what is wrong with the tensor goes to all ranks as the ``problem``."""
         config = self.config
         fields: dict[str, Any] = {"sequence": self._sequence, "direction": direction}
         fields |= {"on_dtype": config.on_dtype, "on_shape": config.on_shape}
@@ -229,8 +232,8 @@ class Grafter:
             header.bytes()
             return header
         except Exception as error:
-            said = str(error) if isinstance(error, SglCommError) else f"{type(error).__name__}: {error}"
-            return Header(**fields, name=_short(name, 200), tags={}, dtype="", shape=(), problem=_short(said, 1000))
+            problem = str(error) if isinstance(error, SglCommError) else f"{type(error).__name__}: {error}"
+            return Header(**fields, name=_short(name, 200), tags={}, dtype="", shape=(), problem=_short(problem, 1000))
 
     def _layout(self, direction: str, layout: Layout | str | None) -> str:
         if not self.config.gathers:
@@ -244,35 +247,36 @@ class Grafter:
         chosen = as_layout(layout) or self.config.layout
         return str(chosen or "")
 
-    def _exchange(self, mine: Header, value: Tensor | None) -> None:
+    def _exchange(self, own: Header, value: Tensor | None) -> None:
         """``value`` is None where the header tells of a problem, which the peer raises."""
         start = time.perf_counter()
-        sends = mine.direction == self._sends
-        me, got = self._peer.exchange(mine, value, sends)
+        transfer = self._peer.exchange(own, value, own.direction == self._sends)
         assert value is not None
         num_bytes = value.numel() * value.element_size()
-        if not isinstance(got, Delivery):
-            outcome = "skipped" if got.skipped else "recorded" if self.config.mode == "record" else "sent"
-            self._journal.exchange(mine, None, outcome, num_bytes, time.perf_counter() - start, got.skipped)
-            return
-        takes, by_baseline = self.config.mode == "graft", mine.direction == "b2t"
-        if got.totals is not None:
-            comparison = comparison_of(value, got.totals, by_baseline)
-        else:
-            placed = got.place(me, value, self._transform, mine, self.config.on_dtype)
-            if isinstance(placed, str):
-                self._journal.exchange(mine, None, "skipped", num_bytes, time.perf_counter() - start, placed)
-                return
-            incoming, ours = placed
-            comparison = compare(incoming, ours, by_baseline)
-            if takes:
-                ours.copy_(incoming)
-        outcome = "received" if takes else "observed"
-        self._journal.exchange(mine, comparison, outcome, num_bytes, time.perf_counter() - start)
 
-    def _fail(self, mine: Header, error: Exception) -> None:
-        self._journal.fault(mine, str(error))
-        text = f"grafter: {self.config.role} rank {self.rank}, {mine}: {error}"
+        def report(outcome: str, comparison: Comparison | None = None, why: str = "") -> None:
+            self._report.exchange(own, comparison, outcome, num_bytes, time.perf_counter() - start, why)
+
+        if transfer.received is None:
+            sent = "recorded" if self.config.mode == "record" else "sent"
+            report("skipped" if transfer.plan.skipped else sent, why=transfer.plan.skipped)
+            return
+        takes, by_baseline = self.config.mode == "graft", own.direction == "b2t"
+        if transfer.received.totals is not None:
+            comparison = comparison_of(value, transfer.received.totals, by_baseline)
+        else:
+            incoming = transfer.incoming(value, self._transform, own, self.config.on_dtype)
+            if incoming.skipped:
+                report("skipped", why=incoming.skipped)
+                return
+            comparison = compare(incoming.tensor, incoming.target, by_baseline)
+            if takes:
+                incoming.target.copy_(incoming.tensor)
+        report("received" if takes else "observed", comparison)
+
+    def _fail(self, own: Header, error: Exception) -> None:
+        self._report.fault(own, str(error))
+        text = f"grafter: {self.config.role} rank {self.rank}, {own}: {error}"
         if self.off:
             text += "; the grafter is off from here on"
         logger.error("sgl_comm: %s", text, exc_info=not isinstance(error, SglCommError))
@@ -302,7 +306,7 @@ def _dtype_of(tensor: Tensor, written: bool) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    """So many letters at most, each of which is one byte of a header."""
+    """The text cut to ``length`` letters, each of which is one byte of a header."""
     return text.encode("ascii", "backslashreplace").decode()[:length]
 
 

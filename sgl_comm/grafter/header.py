@@ -1,5 +1,6 @@
-"""What goes before every tensor: which one it is, in a frame of fixed size. JSON, no pickle; whatever a frame holds,
-reading it gives a ``Header`` or an error.
+"""The header that is sent before every tensor and says which one it is, in a frame of fixed size.
+
+It is JSON, no pickle. Whatever a frame holds, reading it gives a ``Header`` or an error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter.transforms import Shape
+from sgl_comm.grafter.layouts import Shape
 
 FRAME_BYTES = 8192
 _LENGTH_BYTES = 4
@@ -29,7 +30,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_
 """What can be sent: name -> dtype."""
 
 Extras = dict[str, Any]
-"""What a rank says beside its tensor to the transform on the other side: names with JSON's values."""
+"""What a rank sends with its tensor to the transform on the other side: names with JSON's values."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The offline twin: a side's tensors in a folder, written by one run and read in place of it by another."""
+"""Peers without another running system: one run writes a side's tensors into a folder, another one reads them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.config import GrafterConfig
-from sgl_comm.grafter.exchange import Delivery, Plan, make_plan
+from sgl_comm.grafter.exchange import Received, Transfer
 from sgl_comm.grafter.faults import ExchangeFault
 from sgl_comm.grafter.header import DTYPES, Header, read_header
-from sgl_comm.grafter.meeting import Member
+from sgl_comm.grafter.plan import Plan, make_plan
+from sgl_comm.grafter.transport.handshake import Member
 
 _TENSOR = "value"
 
@@ -45,22 +46,22 @@ class Recorder:
                 f"grafter: got record_dir {str(self._folder)!r}, which has records of {self._me}; expected none yet"
             )
 
-    def exchange(self, mine: Header, value: Tensor | None, sends: bool) -> tuple[Member, Plan]:
+    def exchange(self, own: Header, value: Tensor | None, sends: bool) -> Transfer:
         """Writes one tensor.
 
         Raises:
             ExchangeFault: it cannot be written.
         """
-        if mine.problem:
-            raise ExchangeFault(mine.problem)
+        if own.problem:
+            raise ExchangeFault(own.problem)
         assert value is not None
-        path = self._folder / f"{self._me.role}-{self._me.rank}-{mine.sequence:06d}.safetensors"
+        path = self._folder / f"{self._me.role}-{self._me.rank}-{own.sequence:06d}.safetensors"
         try:
-            metadata = {"header": mine.bytes().decode()}
+            metadata = {"header": own.bytes().decode()}
             self._safetensors.torch.save_file({_TENSOR: value.detach().contiguous().cpu()}, path, metadata)
         except (OSError, KeyError, ValueError, RuntimeError, self._safetensors.SafetensorError) as error:
             raise ExchangeFault(f"cannot record it in {path}: {error}") from None
-        return self._me, Plan((self._me,))
+        return Transfer(self._me, Plan((self._me,)))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -75,7 +76,7 @@ class _Record:
 class RecordedPeer:
     """Reads the other side's tensors out of the folder: the k-th of a name and tags is the k-th recorded one.
 
-    What other ranks of this side have is not known here: their tensors are taken to have the shape of this rank's.
+    What other ranks of this side have is not known here: their tensors are assumed to have the shape of this rank's.
     """
 
     def __init__(self, config: GrafterConfig, rank: int) -> None:
@@ -85,13 +86,13 @@ class RecordedPeer:
         self._records = self._find()
         self._seen: dict[str, int] = defaultdict(int)
 
-    def exchange(self, mine: Header, value: Tensor | None, sends: bool) -> tuple[Member, Delivery | Plan]:
-        """Finds the records of one tensor.
+    def exchange(self, own: Header, value: Tensor | None, sends: bool) -> Transfer:
+        """Reads the other side's records of one tensor.
 
         Raises:
             ExchangeFault: there is none, or it does not go with this rank's tensor.
         """
-        key = _key(mine)
+        key = _key(own)
         number = self._seen[key]
         self._seen[key] += 1
         senders: dict[Member, _Record] = {}
@@ -99,19 +100,20 @@ class RecordedPeer:
             found = self._records.get((rank, key), [])
             if number >= len(found):
                 raise ExchangeFault(
-                    f"{self._other} rank {rank} has {len(found)} records of {mine} in {self._config.record_dir};"
+                    f"{self._other} rank {rank} has {len(found)} records of {own} in {self._config.record_dir};"
                     f" expected number {number + 1}"
                 )
             senders[Member(rank, self._other, rank)] = found[number]
         headers = {
-            member: dataclasses.replace(record.header, sequence=mine.sequence) for member, record in senders.items()
+            member: dataclasses.replace(record.header, sequence=own.sequence) for member, record in senders.items()
         }
         me = Member(self._rank, self._config.role, self._rank)
         ranks = range(self._config.world_size) if self._config.gathers else [self._rank]
-        plan = make_plan(headers, {Member(rank, self._config.role, rank): mine for rank in ranks})
+        plan = make_plan(headers, {Member(rank, self._config.role, rank): own for rank in ranks})
         if plan.skipped or value is None:
-            return me, plan
-        return me, Delivery(plan, headers, [self._load(senders[member], value.device) for member in plan.senders])
+            return Transfer(me, plan)
+        pieces = [self._load(senders[member], value.device) for member in plan.senders]
+        return Transfer(me, plan, Received(headers, pieces))
 
     def close(self) -> None:
         """Nothing is open."""

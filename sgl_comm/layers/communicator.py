@@ -6,12 +6,12 @@ from torch import Tensor
 
 from sgl_comm.communicator import Communicator
 from sgl_comm.errors import SglCommError
-from sgl_comm.layers import families
-from sgl_comm.layers.families import Family, Function
+from sgl_comm.layers import transitions
 from sgl_comm.layers.groups import LayerGroups
 from sgl_comm.layers.norm import Norm
 from sgl_comm.layers.partial_sum import PartialSum
 from sgl_comm.layers.scatter_mode import LayerScatterModes, ScatterMode
+from sgl_comm.layers.transitions import Transition, TransitionTable
 
 
 class LayerCommunicator:
@@ -29,13 +29,13 @@ class LayerCommunicator:
         groups: the model's groups.
         modes: the layer's, by ``LayerScatterModes.init_new``.
         input_norm, post_attention_norm: the layer's normalisations, in front of attention and of the MLP.
-        is_last_layer: whether nothing comes behind it that could reduce in its place.
+        is_last_layer: whether no layer comes after it that could reduce instead of it.
         allow_mlp_allreduce_fusion: whether the next layer may reduce what this one's MLP gives.
         allow_reduce_scatter: whether an MLP on all tokens may be reduced by reduce-scatter.
         mlp_reduces: the MLP's down-projection reduces its output itself, and gives a tensor.
 
     Raises:
-        SglCommError: modes that nothing leads between, or an MLP that would be reduced twice.
+        SglCommError: modes without a transition between them, or an MLP that would be reduced twice.
     """
 
     def __init__(
@@ -63,38 +63,39 @@ class LayerCommunicator:
         self.input_norm, self.post_attention_norm = input_norm, post_attention_norm
         self.mlp_gives_tensor = mlp_reduces or modes.mlp_mode is ScatterMode.SCATTERED
         """Whether the MLP's output needs no sum: weights that are not divided, or ``mlp_reduces``."""
-        self._prepare_attn = self._pick("prepare_attn", families.PREPARE_ATTN, "layer_input_mode", "attn_mode")
+        self._prepare_attn = self._pick("prepare_attn", transitions.PREPARE_ATTN, "layer_input_mode", "attn_mode")
         self._prepare_mlp = self._pick(
-            "prepare_mlp", families.PREPARE_MLP, "attn_mode", "layer_input_mode", "mlp_mode", "middle_residual_mode"
+            "prepare_mlp", transitions.PREPARE_MLP, "attn_mode", "layer_input_mode", "mlp_mode", "middle_residual_mode"
         )
         self._postprocess = self._pick(
-            "postprocess_layer", families.POSTPROCESS, "mlp_mode", "middle_residual_mode", "layer_output_mode"
+            "postprocess_layer", transitions.POSTPROCESS, "mlp_mode", "middle_residual_mode", "layer_output_mode"
         )
-        stays = self._postprocess is families.reduce and self.mlp_group.world_size > 1
+        stays = self._postprocess is transitions.reduce and self.mlp_group.world_size > 1
         self._fuses = allow_mlp_allreduce_fusion and stays and not self.mlp_gives_tensor and not is_last_layer
-        self._reduce_scatters = allow_reduce_scatter and self._postprocess is families.reduce_and_take_own
+        self._reduce_scatters = allow_reduce_scatter and self._postprocess is transitions.reduce_and_take_own
         if self._fuses:
-            self._postprocess = families.leave_to_next_layer
+            self._postprocess = transitions.leave_to_next_layer
         elif self._reduce_scatters:
-            self._postprocess = families.reduce_scatter_own
+            self._postprocess = transitions.reduce_scatter_own
 
-    def _pick(self, name: str, family: Family, *places: str) -> Function:
-        modes = [getattr(self.modes, place) for place in places]
-        function = family.get(tuple(self._merged(mode) for mode in modes))
-        if function is None:
-            named = ", ".join(f"{place}={mode.name}" for place, mode in zip(places, modes, strict=True))
+    def _pick(self, name: str, table: TransitionTable, *fields: str) -> Transition:
+        """The transition of ``name`` between the modes in these fields of ``LayerScatterModes``."""
+        modes = [getattr(self.modes, field) for field in fields]
+        transition = table.get(tuple(self._merged(mode) for mode in modes))
+        if transition is None:
+            named = ", ".join(f"{field}={mode.name}" for field, mode in zip(fields, modes, strict=True))
             raise SglCommError(f"LayerCommunicator: got {named}; expected modes that {name} has a function for")
-        return function
+        return transition
 
     def _merged(self, mode: ScatterMode) -> ScatterMode:
-        """Modes by which this rank holds the same tokens are one."""
+        """One mode for all by which this rank holds the same tokens, as the tables have it."""
         one_piece = mode is ScatterMode.SCATTERED and self.groups.attn_tp.world_size == 1
         one_group = mode is ScatterMode.FULL and self.groups.attn_dp.world_size == 1
         return ScatterMode.TP_ATTN_FULL if one_piece or one_group else mode
 
     @property
     def mlp_group(self) -> Communicator:
-        """The ranks that the MLP's weights are divided over (where they are not: this rank alone)."""
+        """The ranks that the MLP's weights are divided over: this rank alone where they are not divided."""
         return {
             ScatterMode.SCATTERED: self.groups.alone,
             ScatterMode.TP_ATTN_FULL: self.groups.attn_tp,
@@ -102,13 +103,13 @@ class LayerCommunicator:
         }[self.modes.mlp_mode]
 
     def attn_output(self, tensor: Tensor) -> PartialSum:
-        """Names what attention's output projection gives, not reduced, as what it is."""
+        """Marks the unreduced output of attention's output projection as a sum over the attention-TP group."""
         return PartialSum(tensor, self.groups.attn_tp.group_name)
 
     def mlp_output(self, tensor: Tensor) -> PartialSum | Tensor:
-        """The same for an MLP's down-projection, and for a shared expert's: what this gives may be added.
+        """Marks the unreduced output of a down-projection, an MLP's or a shared expert's, as a sum over ``mlp_group``.
 
-        A tensor comes back as it is where ``mlp_gives_tensor``.
+        Two such sums may be added. A tensor comes back as it is where ``mlp_gives_tensor``.
         """
         return tensor if self.mlp_gives_tensor else PartialSum(tensor, self.mlp_group.group_name)
 
@@ -175,5 +176,5 @@ class LayerCommunicator:
 def final_norm(
     groups: LayerGroups, norm: Norm, hidden_states: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What comes behind the last layer: adds the residual, if there is one, and normalises; no collective."""
+    """What follows the last layer: adds the residual, if there is one, and normalises; no collective."""
     return norm(hidden_states, residual, groups.alone.group_name)

@@ -1,4 +1,4 @@
-"""The groups of ranks that a model's layers talk in, each with a communicator, and how many tokens are where."""
+"""The process groups of a model's layers, each with a communicator, and how many tokens each group has."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerGroups:
     attn_tp: Communicator
     """The ranks that share this rank's tokens. The same object as ``tp`` if these are all ranks."""
     attn_dp: Communicator
-    """The ranks of the same place in each attention-TP group."""
+    """The ranks that have this rank's number in their attention-TP groups, one of each group."""
     alone: Communicator
     """This rank by itself."""
 
@@ -63,10 +63,10 @@ class LayerGroups:
                         self._process_groups.append(made)
                         self._communicators[members] = init(made, device, max_size)
                 if me in model:
-                    place = model.index(me)
-                    self.attn_dp_rank, self.attn_tp_rank = divmod(place, width)
+                    rank = model.index(me)
+                    self.attn_dp_rank, self.attn_tp_rank = divmod(rank, width)
                     self.tp = self._communicators[model]
-                    self.attn_tp = self._communicators[model[place - self.attn_tp_rank :][:width]]
+                    self.attn_tp = self._communicators[model[rank - self.attn_tp_rank :][:width]]
                     self.attn_dp = self._communicators[model[self.attn_tp_rank :: width]]
                     self.alone = self._communicators[(me,)]
         except BaseException:

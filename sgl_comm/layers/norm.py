@@ -1,4 +1,4 @@
-"""A layer's normalisation, alone or behind the sum of an attention-TP group."""
+"""A layer's normalisation, alone or fused with the sum over an attention-TP group before it."""
 
 from __future__ import annotations
 

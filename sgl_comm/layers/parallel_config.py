@@ -28,12 +28,12 @@ class ParallelConfig:
     """How many sets of tokens; with DP attention a divisor of ``tp_size``."""
     enable_dp_attention: bool = False
     moe_dense_tp_size: int | None = None
-    """Dense MLPs: None divides their weights over all ranks; 1 gives each rank whole ones and a part of the tokens;
+    """Dense MLPs: None divides their weights over all ranks; 1 gives each rank all of them and a part of the tokens;
     ``tp_size`` divides them over each attention-TP group, so that tokens stay where attention had them. Where
     attention-TP groups have one rank, ``tp_size`` is the same as None."""
     moe_a2a_backend: str | None = None
     """How tokens reach their experts: None gives every rank all tokens and a part of every expert; "all_to_all_single"
-    gives it whole experts, and a part of the tokens to send out."""
+    gives it undivided experts, and a part of the tokens to send out."""
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_size"):

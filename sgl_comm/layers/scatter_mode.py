@@ -1,4 +1,4 @@
-"""Which tokens a rank holds at each place of a layer."""
+"""Which tokens a rank holds at each step of a layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL_INPUT_OUTPUT = ScatterMode.TP_ATTN_FULL
 
 @dataclass(frozen=True)
 class LayerScatterModes:
-    """The mode of the tokens at each place of a decoder layer."""
+    """The mode of the tokens at each step of a decoder layer."""
 
     layer_input_mode: ScatterMode
     """What the layer gets, hidden states and residual."""
@@ -61,7 +61,7 @@ class LayerScatterModes:
         Args:
             config: the layout of the model.
             is_layer_sparse: whether its MLP is a mixture of experts (MoE), not a dense one.
-            is_previous_layer_sparse: the same of the layer before; without effect on the first layer.
+            is_previous_layer_sparse: whether the MLP of the layer before is one; without effect on the first layer.
             is_first_layer: whether it gets the model's input.
             is_last_layer: whether it gives the model's output.
         """

@@ -1,8 +1,8 @@
 """How tokens move between the scatter modes. Padding goes into a collective and never comes out of it.
 
 Groups may have different numbers of tokens, also none, while a collective wants the same number of rows from each rank.
-So rows are padded with zeros before it, and what came of these is cut off behind it: no layer sees a padded row.
-T tokens scattered over the A ranks of an attention-TP group lie in pieces of ceil(T / A) rows; the last may be short.
+So rows are padded with zeros before it, and what came of these is cut off after it: no layer sees a padded row.
+T tokens scattered over the A ranks of an attention-TP group are in pieces of ceil(T / A) rows; the last may be short.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def gather_pieces(groups: LayerGroups, piece: Tensor, where: str) -> Tensor:
 
 
 def gather_groups(groups: LayerGroups, rows: Tensor) -> Tensor:
-    """TP_ATTN_FULL to FULL: one ``all_gather`` over the ranks of the same place in each attention-TP group."""
+    """TP_ATTN_FULL to FULL: one ``all_gather`` over the ranks of the same number in each attention-TP group."""
     counts, most = groups.num_tokens, max(groups.num_tokens)
     gathered = ops.all_gather(_padded(rows, most), groups.attn_dp.group_name)
     if min(counts) == most:
@@ -75,7 +75,7 @@ def _per_rank(tokens: int, ranks: int) -> int:
 
 
 def _piece(groups: LayerGroups) -> tuple[int, int]:
-    """From where to where this rank's piece of its group's tokens goes."""
+    """The first row of this rank's piece of its group's tokens, and the row after the last one."""
     tokens = groups.own_num_tokens
     each = _per_rank(tokens, groups.attn_tp.world_size)
     return min(groups.attn_tp_rank * each, tokens), min((groups.attn_tp_rank + 1) * each, tokens)
@@ -87,7 +87,7 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 
 def expect_rows(rows: Tensor, count: int, where: str) -> None:
-    """Refuses another number of rows; to be asked before anything is sent."""
+    """Refuses another number of rows; called before anything is sent."""
     if rows.size(0) != count:
         raise SglCommError(
             f"{where}: got {rows.size(0)} rows; expected {count}, by the numbers of tokens that were set"

@@ -82,20 +82,20 @@ class Cache:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the new tokens of a forward pass stand in their sequences."""
+class TokenPositions:
+    """The positions of a forward pass's new tokens in their sequences, and what attention derives from them."""
 
     positions: Tensor
     """[new]"""
     cos: Tensor
-    """[new, 1, head_size / 2], as is the sine."""
+    """[new, 1, head_size / 2], as is the sine: the angles of the rotary embedding."""
     sin: Tensor
     future: Tensor
-    """[new, max_tokens]: what a token must not look at."""
+    """[new, max_tokens]: the causal mask, true at what a token must not attend to."""
 
     @classmethod
-    def behind(cls, cache: Cache, new: int, config: ModelConfig) -> Place:
-        """Of ``new`` tokens a sequence that come next."""
+    def after(cls, cache: Cache, new: int, config: ModelConfig) -> TokenPositions:
+        """Those of the next ``new`` tokens of each sequence in the cache."""
         device = cache.length.device
         positions = cache.length + torch.arange(new, device=device)
         frequencies = config.rope_base ** (-torch.arange(0, config.head_size, 2, device=device) / config.head_size)
@@ -105,7 +105,7 @@ class Place:
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """The same as the package's RMSNorm but for the last bits, by torch alone."""
+    """The package's RMSNorm by torch alone; the last bits may differ."""
     values = x.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + norm.eps)
     return (values * (norm.weight.float() + norm.weight_offset)).to(x.dtype)
@@ -130,7 +130,7 @@ class Attention:
         return [query, key, key, self.inputs.size(0) - query - 2 * key]
 
     def part(self, rank: int, world: int) -> Attention:
-        """The heads of one of ``world`` ranks: its outputs are addends of the whole one's.
+        """The heads of one of ``world`` ranks: its outputs are addends of the undivided attention's.
 
         Raises:
             ValueError: heads that cannot be divided so.
@@ -147,27 +147,27 @@ class Attention:
             self, heads=heads, kv_heads=kv_heads, inputs=inputs, out=self.out[:, own].contiguous()
         )
 
-    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, tokens: TokenPositions) -> Tensor:
         """Of [sequences * new, hidden], with one layer of a cache, which gets the new tokens."""
-        shape = (keys.size(0), place.positions.size(0), self.inputs.size(0))
+        shape = (keys.size(0), tokens.positions.size(0), self.inputs.size(0))
         query, key, value, gate = (x @ self.inputs.mT).view(shape).split(self._rows, -1)
         query, key, value = (part.unflatten(-1, (-1, self.head_size)) for part in (query, key, value))
         if self.qk_norms is not None:
             query, key = rms_norm(query, self.qk_norms[0]), rms_norm(key, self.qk_norms[1])
-        keys.index_copy_(1, place.positions, _rotated(key, place))
-        values.index_copy_(1, place.positions, value)
-        query = _rotated(query, place).unflatten(2, (self.kv_heads, -1))
+        keys.index_copy_(1, tokens.positions, _rotated(key, tokens))
+        values.index_copy_(1, tokens.positions, value)
+        query = _rotated(query, tokens).unflatten(2, (self.kv_heads, -1))
         scores = torch.einsum("bskgh,btkh->bkgst", query, keys) * self.head_size**-0.5
-        weights = scores.masked_fill(place.future, -torch.inf).softmax(-1, dtype=torch.float32).to(x.dtype)
+        weights = scores.masked_fill(tokens.future, -torch.inf).softmax(-1, dtype=torch.float32).to(x.dtype)
         heads = torch.einsum("bkgst,btkh->bskgh", weights, values).flatten(2, 3)
         if gate.size(-1):
             heads = heads * gate.sigmoid()[..., None]
         return heads.reshape(x.size(0), self.out.size(1)) @ self.out.mT
 
 
-def _rotated(x: Tensor, place: Place) -> Tensor:
+def _rotated(x: Tensor, tokens: TokenPositions) -> Tensor:
     first, second = x.chunk(2, -1)
-    return torch.cat([first * place.cos - second * place.sin, second * place.cos + first * place.sin], -1)
+    return torch.cat([first * tokens.cos - second * tokens.sin, second * tokens.cos + first * tokens.sin], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,11 +180,11 @@ class Mlp:
     """[hidden, experts, units]"""
 
     def part(self, rank: int, world: int) -> Mlp:
-        """Some units of every expert: the outputs are addends of the whole one's."""
+        """Some units of every expert: the outputs are addends of the undivided MLP's."""
         return Mlp(_share(self.gate_up, 2, rank, world), _share(self.down, 2, rank, world))
 
     def some_experts(self, rank: int, world: int) -> Mlp:
-        """Whole experts, a share a rank."""
+        """Undivided experts, as many on every rank."""
         return Mlp(_share(self.gate_up, 1, rank, world), _share(self.down, 1, rank, world))
 
     def __call__(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -237,7 +237,7 @@ class LayerWeights:
     @classmethod
     def make(cls, config: ModelConfig, number: int, device: torch.device) -> LayerWeights:
         """Random, and alike on all devices of a kind."""
-        draw = _Draw(config, number, device)
+        draw = _RandomWeights(config, number, device)
         hidden, size, sparse = config.hidden_size, config.head_size, config.layers[number] == "M"
         rows = (config.heads + 2 * config.kv_heads) * size + config.heads * config.head_gate
 
@@ -261,8 +261,8 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, eq=False)
-class Ends:
-    """What stands before and behind the layers."""
+class OuterWeights:
+    """The weights before and after the layers."""
 
     embedding: Tensor
     """[vocab, hidden], as is the head."""
@@ -270,19 +270,20 @@ class Ends:
     head: Tensor
 
     @classmethod
-    def make(cls, config: ModelConfig, device: torch.device) -> Ends:
+    def make(cls, config: ModelConfig, device: torch.device) -> OuterWeights:
         """Random, and alike on all devices of a kind."""
-        draw, shape = _Draw(config, len(config.layers), device), (config.vocab_size, config.hidden_size)
+        draw = _RandomWeights(config, len(config.layers), device)
+        shape = (config.vocab_size, config.hidden_size)
         return cls(draw.matrix(*shape, inputs=1), draw.norm(config.hidden_size), draw.matrix(*shape))
 
 
-class _Draw:
+class _RandomWeights:
     def __init__(self, config: ModelConfig, number: int, device: torch.device) -> None:
         self.config, self.device = config, device
         self.generator = torch.Generator(device).manual_seed(config.seed << 16 | number)
 
     def matrix(self, *shape: int, inputs: int | None = None) -> Tensor:
-        """Keeps the size of numbers: divided by the root of how many inputs are added up."""
+        """Normal values over the root of how many inputs are added up, so that outputs are about as large as inputs."""
         values = torch.randn(shape, generator=self.generator, device=self.device) / (inputs or shape[-1]) ** 0.5
         return values.to(self.config.dtype)
 

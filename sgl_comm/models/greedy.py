@@ -1,4 +1,4 @@
-"""Greedy decoding, a call or a replay of a CUDA graph a token."""
+"""Greedy decoding: each token is a call of the model or a replay of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sgl_comm.models.step3p5 import Step3p5, Unsharded
 
 @torch.no_grad()
 def greedy(model: Step3p5 | Unsharded, prompt: Tensor, steps: int, *, graph: bool = False) -> Tensor:
-    """The likeliest tokens, each put behind the ones before.
+    """The likeliest tokens, each appended to its sequence before the next one is computed.
 
     Collective for a divided model: attention-TP groups may have different prompts, but all make as many steps.
 
     Args:
         prompt: [sequences, tokens] on the model's device, at least one token.
         steps: how many tokens to add, from 1.
-        graph: whether the steps behind the prompt are replays of a ``CapturedStep``.
+        graph: whether the steps after the prompt are replays of a ``CapturedStep``.
 
     Returns:
         [sequences, steps], on that device.
@@ -37,21 +37,21 @@ def greedy(model: Step3p5 | Unsharded, prompt: Tensor, steps: int, *, graph: boo
 
 
 def best(logits: Tensor) -> Tensor:
-    """The likeliest token behind each sequence, [sequences, 1]."""
+    """The likeliest next token of each sequence, [sequences, 1]."""
     return logits[:, -1].argmax(-1, keepdim=True)
 
 
 class CapturedStep:
     """A decode step as a CUDA graph, which goes on from the tokens it gave.
 
-    Making it is collective for a divided model, as is every call. It leaves the cache as long as it was;
-    ``expect_tokens`` must have been told the number of sequences. A call writes the next tokens, [sequences, 1], where
-    the call before did. The host waits for nothing: what a step needs to know, the length of the cache above all, is on
-    the device.
+    Making it is collective for a divided model, as is every call. It leaves the cache as long as it was, and needs
+    ``expect_tokens`` to have been called with the number of sequences. Every call writes the next tokens,
+    [sequences, 1], into the same tensor. The host waits for nothing: what a step needs to know, the length of the cache
+    above all, is on the device.
 
     Args:
         model: without an all-to-all backend, whose shapes depend on the data.
-        cache: of the sequences, with room for as many tokens as steps will be made.
+        cache: of the sequences, long enough for as many tokens as steps will be made.
         ids: [sequences, 1], the first step's tokens.
     """
 

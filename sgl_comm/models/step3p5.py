@@ -20,7 +20,16 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import embedding, one_hot
 
 from sgl_comm.layers import LayerCommunicator, LayerGroups, LayerScatterModes, Norm, PartialSum, final_norm
-from sgl_comm.models.blocks import Attention, Cache, Ends, LayerWeights, Mlp, ModelConfig, Place, rms_norm
+from sgl_comm.models.blocks import (
+    Attention,
+    Cache,
+    LayerWeights,
+    Mlp,
+    ModelConfig,
+    OuterWeights,
+    TokenPositions,
+    rms_norm,
+)
 
 AllReduce = Callable[[Tensor, str], Tensor]
 """Of this rank's addend, which it may overwrite, and the group's name; as ``sgl_comm.ops.all_reduce``."""
@@ -32,14 +41,14 @@ class Unsharded:
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
         self.layers = [LayerWeights.make(config, number, self.device) for number in range(len(config.layers))]
-        self.ends = Ends.make(config, self.device)
+        self.outer = OuterWeights.make(config, self.device)
 
     def make_cache(self, sequences: int, max_tokens: int) -> Cache:
-        """An empty one."""
+        """An empty cache."""
         return Cache.make(self.config, self.config.kv_heads, sequences, max_tokens, self.device)
 
     def expect_tokens(self, count: int) -> None:
-        """Nothing: here no tokens move."""
+        """Does nothing: on one device no tokens move."""
 
     def capture(self) -> AbstractContextManager[object]:
         """Within it calls may be captured in CUDA graphs."""
@@ -47,17 +56,17 @@ class Unsharded:
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
         """Logits [sequences, new, vocab] of the next tokens ``ids`` [sequences, new] of the cache's sequences."""
-        place = Place.behind(cache, ids.size(1), self.config)
-        x = embedding(ids.flatten(), self.ends.embedding)
+        tokens = TokenPositions.after(cache, ids.size(1), self.config)
+        x = embedding(ids.flatten(), self.outer.embedding)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = x + layer.attention(rms_norm(x, layer.norms[0]), keys, values, place)
+            x = x + layer.attention(rms_norm(x, layer.norms[0]), keys, values, tokens)
             inner = rms_norm(x, layer.norms[1])
             if layer.router is None or layer.shared is None:
                 x = x + layer.mlp(inner)
             else:
                 x = x + (layer.mlp(inner, layer.router(inner)) + layer.shared(inner))
         cache.length.add_(ids.size(1))
-        return (rms_norm(x, self.ends.norm) @ self.ends.head.mT).unflatten(0, ids.shape)
+        return (rms_norm(x, self.outer.norm) @ self.outer.head.mT).unflatten(0, ids.shape)
 
 
 MOST_COMPILED_TOKENS = 64
@@ -72,7 +81,7 @@ def _compiled(block: type[Attention] | type[Mlp]) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One rank's part of a layer: what is computed between the three places of ``comm``."""
+    """One rank's part of a layer: what is computed between the three calls of ``comm``."""
 
     comm: LayerCommunicator
     weights: LayerWeights
@@ -80,10 +89,10 @@ class Layer:
     group: ProcessGroup | None
     compiled: bool
 
-    def attention(self, x: Tensor, keys: Tensor, values: Tensor, place: Place) -> PartialSum:
+    def attention(self, x: Tensor, keys: Tensor, values: Tensor, tokens: TokenPositions) -> PartialSum:
         """From what ``prepare_attn`` gives to what ``prepare_mlp`` takes."""
-        compute = _compiled(Attention) if self.compiled and place.positions.size(0) == 1 else Attention.__call__
-        return self.comm.attn_output(compute(self.weights.attention, x, keys, values, place))
+        compute = _compiled(Attention) if self.compiled and tokens.positions.size(0) == 1 else Attention.__call__
+        return self.comm.attn_output(compute(self.weights.attention, x, keys, values, tokens))
 
     def mlp(self, x: Tensor) -> PartialSum | Tensor:
         """From what ``prepare_mlp`` gives to what ``postprocess_layer`` takes."""
@@ -147,8 +156,8 @@ class Step3p5:
         groups: its ranks and their layout.
         group: the process group that ``groups`` was made of; the experts' all-to-all goes through it.
         allow_mlp_allreduce_fusion, allow_reduce_scatter: as for ``LayerCommunicator``.
-        all_reduce: None for the package's fused ops. Else every all-reduce is a call of this, and a norm another one
-            behind it: the same bits, if it is ``sgl_comm.ops.all_reduce``.
+        all_reduce: None for the package's fused ops. Else every all-reduce is a call of this, and a norm is a
+            call of its own after it: the same bits, if it is ``sgl_comm.ops.all_reduce``.
         weights_of: a model of the same config and groups, to share its weights.
         compiled: whether ``torch.compile`` makes what a decode step computes between its collectives: fewer kernels,
             and other last bits.
@@ -200,10 +209,10 @@ class Step3p5:
             )
             part = _part(weights, comm) if weights_of is None else weights
             self.layers.append(Layer(comm, part, all_reduce, group, compiled))
-        self.ends = Ends.make(config, self.device) if weights_of is None else weights_of.ends
+        self.outer = OuterWeights.make(config, self.device) if weights_of is None else weights_of.outer
 
     def make_cache(self, sequences: int, max_tokens: int) -> Cache:
-        """An empty one, for the sequences of this rank's attention-TP group and the heads of this rank."""
+        """An empty cache for the sequences of this rank's attention-TP group and the heads of this rank."""
         kv_heads = self.layers[0].weights.attention.kv_heads
         return Cache.make(self.config, kv_heads, sequences, max_tokens, self.device)
 
@@ -217,16 +226,16 @@ class Step3p5:
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
         """As for ``Unsharded``, with the sequences of this rank's attention-TP group. Collective."""
-        place = Place.behind(cache, ids.size(1), self.config)
-        hidden: Tensor | PartialSum = embedding(ids.flatten(), self.ends.embedding)
+        tokens = TokenPositions.after(cache, ids.size(1), self.config)
+        hidden: Tensor | PartialSum = embedding(ids.flatten(), self.outer.embedding)
         residual: Tensor | None = None
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             inner, residual = layer.comm.prepare_attn(hidden, residual)
-            inner, residual = layer.comm.prepare_mlp(layer.attention(inner, keys, values, place), residual)
+            inner, residual = layer.comm.prepare_mlp(layer.attention(inner, keys, values, tokens), residual)
             hidden, residual = layer.comm.postprocess_layer(layer.mlp(inner), residual)
         cache.length.add_(ids.size(1))
-        normed, _ = final_norm(self.groups, self.ends.norm, hidden, residual)
-        return (normed @ self.ends.head.mT).unflatten(0, ids.shape)
+        normed, _ = final_norm(self.groups, self.outer.norm, hidden, residual)
+        return (normed @ self.outer.head.mT).unflatten(0, ids.shape)
 
 
 def _part(weights: LayerWeights, comm: LayerCommunicator) -> LayerWeights:

@@ -108,7 +108,7 @@ class RankPool:
         self._ranks: list[_Rank] = []
         changed = {**os.environ, **(env or {})}
         environ = {name: value for name, value in changed.items() if value is not None}
-        # The ranks meet in a file without a name. A TCPStore asks the DNS for its peers' names, which can take seconds.
+        # A file without a name: a TCPStore asks the DNS for its peers' names, which can take seconds.
         self._store = os.memfd_create("sgl_comm-store", os.MFD_CLOEXEC)
         store_path = f"/proc/{self._owner}/fd/{self._store}"
         context = _context()
@@ -164,7 +164,7 @@ class RankPool:
             raise
 
     def close(self) -> None:
-        """Asks the workers to leave and kills them after ``CLOSE_DEADLINE_S``. Again, or in a fork: nothing."""
+        """Asks the workers to leave and kills them after ``CLOSE_DEADLINE_S``. Safe to call twice, or in a fork."""
         self._ask_to_close()
         self._finish(time.monotonic() + CLOSE_DEADLINE_S)
 

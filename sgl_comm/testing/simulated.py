@@ -1,6 +1,6 @@
 """Ranks as streams of one GPU in one process: true concurrency without a second GPU.
 
-Good for timing kernels against kernels (there is no link in between) and for compute-sanitizer. All ranks' blocks must
+Good for timing kernels against kernels (no NVLink is between them) and for compute-sanitizer. All ranks' blocks must
 fit on the GPU at once, which the communicators see to, and buffers should exist before a kernel waits for its peers.
 Streams must not share one of the driver's queues, of which there are 8 unless CUDA_DEVICE_MAX_CONNECTIONS is set: a
 rank's second kernel, which waits for its first one, would hold up another rank's.
@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """One of the ranks: its place, the name its ops go by ("name#rank"), and its stream."""
+    """One of the ranks: its number, the name that its ops know it by ("name#rank"), and its stream."""
 
     rank: int
     world: int
@@ -111,7 +111,7 @@ def _set_up(names: Sequence[str], protocol: str, settings: dict[str, int]) -> No
 
 @contextmanager
 def capture_simulated(ranks: Sequence[SimulatedRank]) -> Iterator[None]:
-    """``Communicator.capture`` of simulated ranks: V1's captured calls inside it read their inputs where they lie."""
+    """``Communicator.capture`` of simulated ranks: V1's captured calls inside it read their inputs without a copy."""
     for rank in ranks:
         _ops._cuda_begin_capture(rank.group_name)
     yield

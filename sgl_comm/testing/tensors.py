@@ -76,7 +76,7 @@ def special_values(dtype: torch.dtype, device: torch.device | str = "cpu") -> to
 
     Zeros of both signs, infinities, NaN, the smallest subnormals of both signs, the largest and the smallest normal
     value of both signs; then the 4-byte words 0xFFFFFFFF and 0xFFFFFFFE (for 2-byte dtypes each is two elements at an
-    even index; for 8 bytes the same with 8-byte words).
+    even index; for 8-byte dtypes they are 8-byte words).
     """
     info, width = torch.finfo(dtype), 8 * dtype.itemsize
     if dtype.itemsize not in (2, 4, 8):
@@ -136,7 +136,7 @@ class Layout:
     overlaps: bool = False
 
     def __call__(self, values: torch.Tensor) -> Placed:
-        """Places ``values`` (of ``shape``) on its device. An overlapping layout repeats the first row instead."""
+        """Copies ``values`` (of ``shape``) into this layout; one that overlaps repeats the first row."""
         if tuple(values.shape) != self.shape:
             raise ValueError(f"layout {self.name}: shape must be {self.shape}, got {tuple(values.shape)}")
         if self.overlaps:
@@ -189,7 +189,7 @@ def layouts(shape: Sequence[int]) -> dict[str, Layout]:
 
 
 def _strides(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor whose dimensions lie in memory in this order, outermost first."""
+    """Strides of a dense tensor whose dimensions follow each other in memory in this order, outermost first."""
     strides, step = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim] = step

@@ -91,7 +91,7 @@ def loads(data: bytes) -> Any:
 
 
 def serve(setup: RankSetup, conn: Connection, stacks: Connection) -> None:
-    """The main function of a worker: joins, reports, runs cases until it is told to close."""
+    """The main function of a worker: joins, reports, runs cases until it gets ``CLOSE``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if setup.die_with_parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -49,7 +48,7 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``bench`` is asked."""
+    """Adds the arguments of ``bench``."""
     add_common_arguments(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--min-bytes", type=parse_bytes, default="1K", metavar="BYTES")
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark that runs on ranks is asked."""
+    """Adds the arguments of every benchmark that runs on ranks."""
     parser.add_argument("--world", type=int, help="ranks to start (default 2; under torchrun it decides)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there are two GPUs, else cpu")
     parser.add_argument("--iters", type=int, default=50, help="samples of each figure (default 50)")
@@ -77,7 +76,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_common_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ends the program where they cannot be."""
+    """Ends the program if the common arguments cannot be."""
     if args.iters < 1:
         parser.error("--iters must be at least 1")
     if args.json and (why_not := command_line.why_not_written(args.json)):
@@ -122,19 +121,22 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 table.add(rows[-1])
     if table is not None:
         table.finish(rows)
-        if args.json:
-            command_line.write(args.json, json.dumps(report.to_json(setting, rows), indent=1) + "\n")
+        report.write_json(args.json, setting, [report.to_json(row) for row in rows])
     return int(any(row.wrong for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The ranks, seen from here. ``measure(fn, *args)`` calls fn(ctx, *args) on all and gives rank 0's result."""
+    """The ranks of a benchmark, as this process sees them.
+
+    ``leads``: whether this process prints. ``binding``: how ranks are bound to cores, in words. ``measure(fn, *args)``
+    calls fn(ctx, *args) on all ranks and gives rank 0's result.
+    """
 
     world: int
     device: str
     leads: bool
-    placing: str
+    binding: str
     measure: Callable[..., Any]
 
 
@@ -142,12 +144,12 @@ def setting_of(ranks: Ranks, **more: object) -> dict[str, Any]:
     """What figures are measured on: the machine, the ranks, and what else the benchmark says. A collective call."""
     return {
         **environment(), "world": ranks.world, "device": ranks.device, "backend": ranks.measure(backend_of),
-        "ranks": ranks.placing, **more,
+        "ranks": ranks.binding, **more,
     }  # fmt: skip
 
 
 def ranks_of(args: argparse.Namespace) -> AbstractContextManager[Ranks]:
-    """Torchrun's, where it has started this process; else new ones, as the common arguments want them."""
+    """Torchrun's ranks, where it has started this process; else new ones, as the common arguments want them."""
     return _torchrun_ranks(args) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else _own_ranks(args)
 
 
@@ -158,8 +160,8 @@ def _own_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     _start_fork_server()
     with RankPool(world, device) as pool:
         bound = device == "cpu" and args.bind and all(pool.run(bind_to_a_core))
-        placing = "bound to a core each" if bound else "not bound"
-        yield Ranks(world, device, True, placing, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
+        binding = "bound to a core each" if bound else "not bound"
+        yield Ranks(world, device, True, binding, lambda fn, *a: pool.run(fn, *a, deadline=_SIZE_DEADLINE_S)[0])
 
 
 def _start_fork_server() -> None:
@@ -234,15 +236,15 @@ def measure(ctx: RankContext, options: Options, num_bytes: int) -> Row:
     numel = max(1, num_bytes // dtype.itemsize)
     everyone = _contenders(ctx, options.in_place, options.algorithms)
     wrong_before = [_count_wrong(ctx, each, numel, dtype, seed=1) for each in everyone]
-    there = [each for each, wrong in zip(everyone, wrong_before, strict=True) if wrong is not None]
+    able = [each for each, wrong in zip(everyone, wrong_before, strict=True) if wrong is not None]
 
     torch.manual_seed(ctx.rank)
     x = timing.timed_values(numel, dtype, ctx.device)
     capture = ctx.comm.capture if in_graphs(ctx.device.type, ctx.comm.backend) else None
-    timings = timing.time_calls(there, x, ctx.group, options.samples, options.budget_s, capture)
+    timings = timing.time_calls(able, x, ctx.group, options.samples, options.budget_s, capture)
 
     figures = []
-    for each, each_timing in zip(there, timings, strict=True):
+    for each, each_timing in zip(able, timings, strict=True):
         wrong = wrong_before[everyone.index(each)] or 0
         wrong += _count_wrong(ctx, each, numel, dtype, seed=2) or 0
         figures.append(Figures.make(each.name, each_timing, numel * dtype.itemsize, ctx.world, wrong))

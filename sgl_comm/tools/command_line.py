@@ -1,4 +1,4 @@
-"""How commands and benchmarks meet the terminal: what they do where nobody reads them, on Ctrl-C, and on full disks."""
+"""How commands and benchmarks end: on errors, Ctrl-C and full disks, and where the reader of their output has gone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(main: Callable[[], int | None]) -> int:
     except SglCommError as error:
         status, words = CANNOT, f"sgl_comm: {error}"
     except BrokenPipeError:
-        if not any(_nobody_reads(stream) for stream in (sys.stdout, sys.stderr)):
+        if not any(_reader_is_gone(stream) for stream in (sys.stdout, sys.stderr)):
             raise
         status, words = NOT_READ, ""
     except OSError as error:
@@ -65,12 +65,12 @@ def run(main: Callable[[], int | None]) -> int:
         with contextlib.suppress(OSError):
             print(words, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        _let_go(stream)
+        _flush_or_drop(stream)
     return status
 
 
 def why_not_written(file: Path) -> str:
-    """Why a file cannot be written, as far as can be told before; empty if it can."""
+    """Why a file cannot be written, as far as can be known before; empty if it can."""
     folder = file.absolute().parent
     if not folder.is_dir():
         return f"no such folder: {folder}"
@@ -104,7 +104,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def _end_children() -> None:
-    """Ends what this process has started, and what that has: a rank that was only being started is in no pool yet."""
+    """Ends all processes below this one: a rank that was only being started is in no pool yet."""
     children: dict[int, list[int]] = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
@@ -133,7 +133,7 @@ def _open_closed_streams() -> None:
         setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
 
 
-def _nobody_reads(stream: Any) -> bool:
+def _reader_is_gone(stream: Any) -> bool:
     try:
         number = stream.fileno()
     except (OSError, ValueError):
@@ -143,8 +143,8 @@ def _nobody_reads(stream: Any) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
-def _let_go(stream: Any) -> None:
-    """Writes what can be written, and drops the rest, which the interpreter would try, and complain of, at its end."""
+def _flush_or_drop(stream: Any) -> None:
+    """Writes what can be written and drops the rest, so that the interpreter does not try, and complain, at exit."""
     try:
         stream.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Who takes part in the all-reduce benchmark: one class each, the same three methods."""
+"""The all-reduces that the benchmark compares: one class each, with the same three methods."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class SymmetricNccl(ProcessGroup):
         self.backend = self.group._get_backend(x.device)
         pool = torch.cuda.MemPool(self.backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool, x.device):
-            room = torch.empty((num_buffers, *x.shape), dtype=x.dtype, device=x.device)
+            window = torch.empty((num_buffers, *x.shape), dtype=x.dtype, device=x.device)
         self.backend.register_mem_pool(pool, symm=True)
         self.pool = pool
-        self.buffers = list(room.copy_(x.expand_as(room)))
+        self.buffers = list(window.copy_(x.expand_as(window)))
         self.turns = itertools.cycle(self.buffers)
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class SymmetricNccl(ProcessGroup):
 class SymmetricMemory(Contender):
     """torch's symmetric-memory all-reduce, ``algorithm`` one_shot (out of place by nature) or two_shot (in place).
 
-    Where the benchmark wants the other kind, a copy is added: users would pay for it too.
+    Where the benchmark wants the other form, a copy is added: users would pay for it too.
     """
 
     def __init__(self, algorithm: str, group: dist.ProcessGroup, in_place: bool) -> None:

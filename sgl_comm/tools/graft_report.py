@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter import plot
-from sgl_comm.grafter.report import DEFAULT_THRESHOLD, Report
+from sgl_comm.grafter.report import DEFAULT_THRESHOLD, Report, plot
 from sgl_comm.tools import command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``graft-report`` is asked."""
+    """Adds the arguments of ``graft-report``."""
     parser.add_argument("folder", metavar="DIR", help="the grafters' report_dir, with the files of both sides")
     parser.add_argument(
         "--threshold", type=_threshold, default=DEFAULT_THRESHOLD, metavar="REL_L2",
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown too")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with the table and the plot too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the errors too ({' or '.join(plot.ENDINGS)})")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the errors too ({' or '.join(plot.SUFFIXES)})")
     parser.set_defaults(main=functools.partial(main, parser=parser))
 
 
@@ -37,8 +36,8 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         file: Path | None = getattr(args, name)
         if file is not None and not file.absolute().parent.is_dir():
             parser.error(f"--{name}: no such folder: {file.absolute().parent}")
-    if args.plot is not None and args.plot.suffix.lower() not in plot.ENDINGS:
-        parser.error(f"--plot: {args.plot} does not end in {' or '.join(plot.ENDINGS)}")
+    if args.plot is not None and args.plot.suffix.lower() not in plot.SUFFIXES:
+        parser.error(f"--plot: {args.plot} does not end in {' or '.join(plot.SUFFIXES)}")
     try:
         report = Report.read(args.folder, args.threshold)
     except (SglCommError, OSError) as error:
@@ -62,7 +61,7 @@ def _cannot(error: Exception) -> int:
 
 
 def _print(text: str) -> None:
-    """Letters that the terminal does not have go as escape sequences."""
+    """Prints a text; letters that the terminal does not have become escape sequences."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
 

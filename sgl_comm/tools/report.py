@@ -21,7 +21,7 @@ def significant(value: float, digits: int = 3) -> float:
 
 
 def rounded(value: float) -> str:
-    """As text: three significant digits, no exponent, and no more than two decimals from 0.1 on."""
+    """``value`` as text: three significant digits, no exponent, and no more than two decimals from 0.1 on."""
     value = significant(value)
     decimals = max(0, 2 - math.floor(math.log10(value))) if value else 0
     return f"{value:.{min(decimals, 4)}f}"
@@ -152,9 +152,6 @@ def progress(show: bool, text: str) -> Iterator[None]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def to_json(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything, for ``json.dump``: {"environment": ..., "rows": [...]}."""
-    return {
-        "environment": dict(setting),
-        "rows": [{**dataclasses.asdict(row), "ratios": row.ratios(), "wrong": row.wrong} for row in rows],
-    }
+def to_json(row: Row) -> dict[str, Any]:
+    """All figures of a row, with what is computed from them."""
+    return {**dataclasses.asdict(row), "ratios": row.ratios(), "wrong": row.wrong}

@@ -1,4 +1,4 @@
-"""How calls on simulated ranks of one GPU are timed: kernels against kernels, for there is no link in between."""
+"""How calls on simulated ranks of one GPU are timed: kernels against kernels, since no NVLink is between them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Call = Callable[[torch.Tensor, str], torch.Tensor]
 def graph_microseconds(ranks: Sequence[SimulatedRank], num_bytes: int, dtype: torch.dtype, call: Call) -> float:
     """The median time of a call of ``num_bytes`` bytes a rank, in a graph of ``CALLS`` calls on rotating buffers.
 
-    Each rank replays its graph on its own stream; all start behind one gate; the slowest rank counts.
+    Each rank replays its graph on its own stream; all start when one gate opens; the slowest rank counts.
 
     Raises:
         RuntimeError: a rank's group has failed.

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter import forms
+from sgl_comm.grafter.report.data import ReportData, Row, largest
+from sgl_comm.grafter.report.labels import shortened, tags_label
+from sgl_comm.grafter.report.wording import tensor_label
 
-if TYPE_CHECKING:
-    from sgl_comm.grafter.report import Report, Row
-
-ENDINGS = (".png", ".svg")
+SUFFIXES = (".png", ".svg")
+"""What a plot's file may end in."""
 
 _WIDTH_IN, _DPI = 9.0, 100
 _NAMED_ROWS = 40
@@ -28,17 +28,17 @@ _BLUE, _RED, _GREY = "#2b6cb0", "#c92a2a", "#8a929b"
 _TINIEST, _HUGEST = 1e-200, 1e200
 
 
-def draw(report: Report, path: str | Path) -> None:
+def draw(report: ReportData, path: str | Path) -> None:
     """See ``Report.draw``."""
-    ending = Path(path).suffix.lower()
-    if ending not in ENDINGS:
-        raise SglCommError(f"grafter: got plot file {str(path)!r}; expected one that ends in {' or '.join(ENDINGS)}")
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise SglCommError(f"grafter: got plot file {str(path)!r}; expected one that ends in {' or '.join(SUFFIXES)}")
     with _drawing():
-        metadata = {"Date": None} if ending == ".svg" else {}
-        figure(report).savefig(path, format=ending[1:], dpi=_DPI, metadata=metadata)
+        metadata = {"Date": None} if suffix == ".svg" else {}
+        figure(report).savefig(path, format=suffix[1:], dpi=_DPI, metadata=metadata)
 
 
-def png(report: Report, dpi: int = _DPI) -> bytes:
+def png(report: ReportData, dpi: int = _DPI) -> bytes:
     """The plot as a PNG file's bytes.
 
     Raises:
@@ -69,12 +69,12 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-def figure(report: Report) -> Any:
+def figure(report: ReportData) -> Any:
     """The plot as a ``matplotlib.figure.Figure``; panels are its axes."""
     from matplotlib.figure import Figure
 
     rows = [row for row in report.rows if row.comparison is not None]
-    layered = [row for row in rows if _place(row, "layer") is not None]
+    layered = [row for row in rows if _Tick.of(row, "layer").is_given]
     grid = _Grid.of(layered)
     labels = _labels(rows) if len(rows) <= _NAMED_ROWS else []
     heights = [3.2 + 0.055 * max(map(len, labels), default=0)]
@@ -138,39 +138,39 @@ class _Scale:
 def _draw_order(axis: Any, rows: Sequence[Row], labels: Sequence[str], scale: _Scale, first: Row | None) -> None:
     axis.set_title("Relative L2 of each tensor, in order", loc="left", fontsize=10, pad=22)
     scale.set_up(axis)
-    places = list(range(len(rows)))
+    positions = list(range(len(rows)))
     if not rows:
         axis.set_xticks([])
         axis.text(0.5, 0.8, "nothing was compared", transform=axis.transAxes, ha="center", va="center", color=_GREY)
         return
-    axis.plot(places, [scale.height(_rel_l2(row)) for row in rows], color="#c9ced6", linewidth=1, zorder=1)
-    _draw_points(axis, places, rows, scale)
+    axis.plot(positions, [scale.height(_rel_l2(row)) for row in rows], color="#c9ced6", linewidth=1, zorder=1)
+    _draw_points(axis, positions, rows, scale)
     margin = 0.6 + len(rows) / 100
     axis.set_xlim(-margin, len(rows) - 1 + margin)
     if labels:
-        axis.set_xticks(places, labels, rotation=90, fontsize=7.5, parse_math=False)
+        axis.set_xticks(positions, labels, rotation=90, fontsize=7.5, parse_math=False)
     else:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        def sequence(place: float, _: object) -> str:
-            return str(rows[round(place)].sequence) if 0 <= place < len(rows) else ""
+        def sequence(position: float, _: object) -> str:
+            return str(rows[round(position)].sequence) if 0 <= position < len(rows) else ""
 
         axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(sequence))
         axis.set_xlabel("sequence")
     if first is not None:
-        place = next(index for index, row in enumerate(rows) if row is first)
-        axis.axvline(place, color=_RED, linewidth=1, linestyle=":", zorder=1)
-        _ring(axis, place, scale.height(_rel_l2(first)))
-        side = ("left", "center", "right")[3 * place // len(rows)]
+        position = next(index for index, row in enumerate(rows) if row is first)
+        axis.axvline(position, color=_RED, linewidth=1, linestyle=":", zorder=1)
+        _ring(axis, position, scale.height(_rel_l2(first)))
+        side = ("left", "center", "right")[3 * position // len(rows)]
         axis.annotate(
-            f"first divergence: {forms.short(forms.which(first), 48)}", (place, 1), xycoords=axis.get_xaxis_transform(),
-            xytext=(0, 5), textcoords="offset points", ha=side, va="bottom",
+            f"first divergence: {shortened(tensor_label(first), 48)}", (position, 1),
+            xycoords=axis.get_xaxis_transform(), xytext=(0, 5), textcoords="offset points", ha=side, va="bottom",
             color=_RED, fontsize=9, fontweight="bold", parse_math=False,
         )  # fmt: skip
 
 
-def _draw_points(axis: Any, places: Sequence[int], rows: Sequence[Row], scale: _Scale) -> None:
+def _draw_points(axis: Any, positions: Sequence[int], rows: Sequence[Row], scale: _Scale) -> None:
     """Four kinds of marks, each with its line in the legend if there is one of it."""
     kinds: dict[str, list[int]] = {"equal": [], "near": [], "far": [], "beyond": []}
     for index, row in enumerate(rows):
@@ -187,29 +187,52 @@ def _draw_points(axis: Any, places: Sequence[int], rows: Sequence[Row], scale: _
     for kind, style in styles.items():
         if found := kinds[kind]:
             heights = [scale.height(_rel_l2(rows[index])) for index in found]
-            axis.scatter([places[index] for index in found], heights, s=size, zorder=3, **style)
+            axis.scatter([positions[index] for index in found], heights, s=size, zorder=3, **style)
 
 
 def _ring(axis: Any, x: float, y: float) -> None:
     axis.scatter([x], [y], s=170, facecolors="none", edgecolors=_RED, linewidths=1.8, zorder=4)
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class _Tick:
+    """A tag's value on an axis: first that of rows without such a tag, then numbers, then texts."""
+
+    kind: int
+    number: int = 0
+    text: str = ""
+
+    @staticmethod
+    def of(row: Row, tag: str) -> _Tick:
+        value = row.tags.get(tag)
+        if type(value) is int:
+            return _Tick(1, number=value)
+        return _Tick(2, text=value) if type(value) is str else _Tick(0)
+
+    @property
+    def is_given(self) -> bool:
+        return self.kind > 0
+
+    def __str__(self) -> str:
+        return shortened(("none", str(self.number), self.text)[self.kind], 16)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """Rows by layer and step, each in order; a step of None is that of rows without one."""
+    """Rows by layer and step, each in order."""
 
-    layers: tuple[Any, ...]
-    steps: tuple[Any, ...]
+    layers: tuple[_Tick, ...]
+    steps: tuple[_Tick, ...]
     cells: dict[tuple[int, int], list[Row]]
 
     @staticmethod
     def of(rows: Sequence[Row]) -> _Grid:
-        layers = sorted({_place(row, "layer") for row in rows}, key=_order)
-        steps = sorted({_place(row, "step") for row in rows}, key=_order)
+        layers = sorted({_Tick.of(row, "layer") for row in rows})
+        steps = sorted({_Tick.of(row, "step") for row in rows})
         columns, lines = ({value: index for index, value in enumerate(values)} for values in (layers, steps))
         cells: dict[tuple[int, int], list[Row]] = {}
         for row in rows:
-            cells.setdefault((lines[_place(row, "step")], columns[_place(row, "layer")]), []).append(row)
+            cells.setdefault((lines[_Tick.of(row, "step")], columns[_Tick.of(row, "layer")]), []).append(row)
         return _Grid(tuple(layers), tuple(steps), cells)
 
 
@@ -228,12 +251,12 @@ def _draw_grid(axis: Any, grid: _Grid, scale: _Scale, first: Row | None) -> None
     values = np.full((len(grid.steps), len(grid.layers)), np.nan)
     written = max(values.shape) <= _WRITTEN_CELLS
     for (line, column), rows in grid.cells.items():
-        worst = max((_rel_l2(row) for row in rows), key=lambda value: (math.isnan(value), value))
+        worst = largest(_rel_l2(row) for row in rows)
         beyond = not worst < math.inf or any(_is_uneven(row, scale.threshold) for row in rows)
         values[line, column] = high + 1 if beyond else low - 1 if worst == 0 else math.log10(scale.height(worst))
         if written:
-            place = norm(values[line, column])
-            colour = "white" if beyond or not 0.2 < place < 0.8 else "#1b1f24"
+            shade = norm(values[line, column])
+            colour = "white" if beyond or not 0.2 < shade < 0.8 else "#1b1f24"
             axis.text(column, line, f"{worst:.1e}" if 0 < worst < math.inf else f"{worst:g}", ha="center", va="center",
                       fontsize=8, color=colour)  # fmt: skip
     image = axis.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
@@ -241,8 +264,8 @@ def _draw_grid(axis: Any, grid: _Grid, scale: _Scale, first: Row | None) -> None
     bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{value:+03.0f}"))
     bar.ax.minorticks_off()
-    _name_places(axis.xaxis, grid.layers)
-    _name_places(axis.yaxis, grid.steps)
+    _label_ticks(axis.xaxis, grid.layers)
+    _label_ticks(axis.yaxis, grid.steps)
     axis.set_xlabel("layer")
     axis.set_ylabel("step")
     title = "Largest relative L2 by layer and step (darkest blue: 0; darkest red: infinite, NaN, or on one side alone)"
@@ -258,21 +281,21 @@ def _draw_layers(axis: Any, rows: Sequence[Row], grid: _Grid, scale: _Scale, fir
     axis.set_title("Relative L2 by layer", loc="left", fontsize=10)
     scale.set_up(axis)
     columns = {value: index for index, value in enumerate(grid.layers)}
-    places = [columns[_place(row, "layer")] for row in rows]
-    _draw_points(axis, places, rows, scale)
-    for place, row in zip(places, rows, strict=True):
+    positions = [columns[_Tick.of(row, "layer")] for row in rows]
+    _draw_points(axis, positions, rows, scale)
+    for position, row in zip(positions, rows, strict=True):
         if row is first:
-            _ring(axis, place, scale.height(_rel_l2(row)))
+            _ring(axis, position, scale.height(_rel_l2(row)))
     axis.set_xlim(-0.6, len(grid.layers) - 0.4)
-    _name_places(axis.xaxis, grid.layers)
+    _label_ticks(axis.xaxis, grid.layers)
     axis.set_xlabel("layer")
 
 
-def _name_places(axis: Any, values: Sequence[Any]) -> None:
-    """Ticks at whole places, at most 40, with what stands there."""
-    places = range(0, len(values), -(-len(values) // _NAMED_ROWS))
-    names = ["none" if values[place] is None else forms.short(str(values[place]), 16) for place in places]
-    axis.set_ticks(list(places), names, fontsize=8, parse_math=False)
+def _label_ticks(axis: Any, ticks: Sequence[_Tick]) -> None:
+    """Labels of an axis on which the n-th tick is at n; at most 40 of them, evenly spaced."""
+    positions = range(0, len(ticks), -(-len(ticks) // _NAMED_ROWS))
+    labels = [str(ticks[position]) for position in positions]
+    axis.set_ticks(list(positions), labels, fontsize=8, parse_math=False)
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
@@ -286,7 +309,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
             if names[row.name] > 1
             else {}
         )
-        labels.append(forms.short(" ".join(filter(None, [row.name or "(no name)", forms.tags(differing)])), 44))
+        labels.append(shortened(" ".join(filter(None, [row.name or "(no name)", tags_label(differing)])), 44))
     return labels
 
 
@@ -298,15 +321,3 @@ def _rel_l2(row: Row) -> float:
 def _is_uneven(row: Row, threshold: float) -> bool:
     """Whether it diverges though its error is small: by NaNs or infinities of one side alone."""
     return row.diverges and _rel_l2(row) <= threshold
-
-
-def _place(row: Row, tag: str) -> int | str | None:
-    """A tag's value where it can be a place on an axis."""
-    value = row.tags.get(tag)
-    return value if type(value) in (int, str) else None
-
-
-def _order(value: int | str | None) -> tuple[int, int, str]:
-    if value is None:
-        return 0, 0, ""
-    return (1, value, "") if isinstance(value, int) else (2, 0, value)

@@ -1,4 +1,4 @@
-"""The lines of a run, as JSON, one file a rank: what was exchanged, how far it was apart, what went wrong."""
+"""Writes a rank's file of the report: a line of JSON an exchange, with its tensor and the comparison or the fault."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from sgl_comm.grafter.header import Header
 logger = logging.getLogger(__name__)
 
 PATTERN = "graft-*.jsonl"
+"""The files of all ranks in a report folder."""
 
 
-class Journal:
+class ReportWriter:
     """This rank's file; it is made, or made anew, with the first line.
 
     A line is one of: ``{"kind": "setting", ...}`` the configuration; ``"exchange"`` one tensor, with the comparison on
-    the side that received it; ``"fault"`` an exchange that was not, and why; ``"summary"`` the counts, when the grafter
+    the side that received it; ``"fault"`` an exchange that failed, and why; ``"summary"`` the counts, when the grafter
     closes.
     """
 
@@ -31,7 +32,7 @@ class Journal:
         self._config, self._rank = config, rank
         self.path = Path(config.report_dir) / f"graft-{config.role}-{rank}.jsonl"
         self._file: TextIO | None = None
-        self._begin = ""
+        self._line_start = ""
         self.counts: Counter[str] = Counter()
 
     def exchange(
@@ -41,13 +42,13 @@ class Journal:
         self.counts[outcome] += 1
         more = vars(comparison) if comparison else {"why": why} if why else {}
         self._write(
-            kind="exchange", **_which(header), outcome=outcome, bytes=num_bytes, seconds=round(seconds, 6), **more
+            kind="exchange", **_tensor(header), outcome=outcome, bytes=num_bytes, seconds=round(seconds, 6), **more
         )
 
     def fault(self, header: Header, text: str) -> None:
-        """An exchange that was not."""
+        """An exchange that failed."""
         self.counts["faults"] += 1
-        self._write(kind="fault", **_which(header), fault=text)
+        self._write(kind="fault", **_tensor(header), fault=text)
 
     def close(self) -> None:
         """Writes the counts, if there has been anything to count."""
@@ -63,14 +64,14 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("w", encoding="utf-8")
                 self._write(**self._setting())
-            self._file.write(self._begin + json.dumps(_as_json(fields), default=str) + "\n")
-            self._begin = ""
+            self._file.write(self._line_start + json.dumps(_as_json(fields), default=str) + "\n")
+            self._line_start = ""
             self._file.flush()
         except Exception as error:  # a full disk, or a folder that cannot be, is no reason to stop a model
             if not self.counts["lines lost"]:
                 logger.warning("sgl_comm: grafter: lines of the report are lost: %s", error)
             self.counts["lines lost"] += 1
-            self._begin = "\n"  # half a line may have been written
+            self._line_start = "\n"  # half a line may have been written
 
     def _setting(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self._config).items() if name != "token"}
@@ -83,7 +84,7 @@ class Journal:
         }
 
 
-def _which(header: Header) -> dict[str, Any]:
+def _tensor(header: Header) -> dict[str, Any]:
     return {
         "sequence": header.sequence, "direction": header.direction, "name": header.name, "tags": header.tags,
         "dtype": header.dtype, "shape": list(header.shape), "layout": header.layout,

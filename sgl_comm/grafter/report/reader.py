@@ -1,5 +1,6 @@
-"""What the files of a report folder say (see ``Journal``). Anyone may have written them: they are JSON, and a line that
-is not as it should be is counted and left out.
+"""Reads the files of a report folder, which ``ReportWriter`` writes, one a rank.
+
+Anyone may have written them: they are JSON, and a line that is not as it should be is counted and left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from sgl_comm.errors import SglCommError
 from sgl_comm.grafter.compare import Comparison
-from sgl_comm.grafter.journal import PATTERN
+from sgl_comm.grafter.report.labels import printable
+from sgl_comm.grafter.report.writer import PATTERN
 
 RECEIVER = {"b2t": "target", "t2b": "baseline"}
 """Direction -> the role that receives."""
@@ -28,7 +30,7 @@ _TEXTS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One rank's line of one tensor; the comparison is there on a rank that received it."""
+    """One rank's line of one tensor; a rank that received it also has the comparison."""
 
     rank: int
     sequence: int
@@ -44,7 +46,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One rank's line of an exchange that was not."""
+    """One rank's line of an exchange that failed."""
 
     role: str
     rank: int
@@ -107,11 +109,6 @@ def read_folder(folder: str | Path) -> tuple[list[RankFile], list[str]]:
     return [_read_file(path, role, rank) for role, rank, path in sorted(ours)], others
 
 
-def printable(text: str) -> str:
-    """The text with what would move a cursor, or cannot be encoded, as an escape sequence."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def _read_file(path: Path, role: str, rank: int) -> RankFile:
     try:
         lines = path.read_bytes().split(b"\n")
@@ -148,8 +145,7 @@ def _add_line(file: RankFile, fields: Any) -> None:
     elif kind == "exchange":
         file.exchanges.append(_exchange(file, fields))
     elif kind == "fault":
-        which = _which(fields)
-        file.faults.append(Fault(file.role, file.rank, *which, _text(fields, "fault")))
+        file.faults.append(Fault(file.role, file.rank, *_tensor(fields), _text(fields, "fault")))
     elif kind == "summary":
         counts = _take(fields, "counts", dict)
         file.counts = {printable(name): _count(counts, name) for name in counts}
@@ -169,7 +165,7 @@ def _worlds(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def _exchange(file: RankFile, fields: dict[str, Any]) -> Exchange:
-    sequence, direction, name, tags = _which(fields)
+    sequence, direction, name, tags = _tensor(fields)
     receives = RECEIVER[direction] == file.role
     comparison = _comparison(fields) if "rel_l2" in fields else None
     if comparison is not None and not receives:
@@ -179,7 +175,7 @@ def _exchange(file: RankFile, fields: dict[str, Any]) -> Exchange:
     return Exchange(file.rank, sequence, direction, name, tags, dtype, outcome, receives, why, comparison)
 
 
-def _which(fields: dict[str, Any]) -> tuple[int, str, str, dict[str, Any]]:
+def _tensor(fields: dict[str, Any]) -> tuple[int, str, str, dict[str, Any]]:
     direction = _take(fields, "direction", str)
     if direction not in RECEIVER:
         raise ValueError("no such direction")
@@ -208,7 +204,7 @@ def _take(fields: dict[str, Any], name: str, *kinds: type) -> Any:
 
 
 def _text(fields: dict[str, Any], name: str) -> str:
-    """On one line."""
+    """A field's text, printable and on one line."""
     return printable(" ".join(_take(fields, name, str).split()))
 
 

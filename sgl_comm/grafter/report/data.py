@@ -1,4 +1,4 @@
-"""What the ranks of both sides have written in a run, as one table: where do the two systems begin to differ?"""
+"""The lines of all ranks merged into one row a tensor: where do the two systems begin to differ?"""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sgl_comm.errors import SglCommError
-from sgl_comm.grafter import forms, plot
 from sgl_comm.grafter.compare import Comparison
-from sgl_comm.grafter.lines import Exchange, Fault, RankFile, read_folder
+from sgl_comm.grafter.report.labels import printable, ranks_label
+from sgl_comm.grafter.report.reader import Exchange, Fault, RankFile, read_folder
 
 DEFAULT_THRESHOLD = 1e-4
+"""The largest ``rel_l2`` of a tensor that does not diverge, unless another one is given."""
 
 _SHOWN_RANKS = 8
+
+_Data = TypeVar("_Data", bound="ReportData")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """A folder's lines.
+class ReportData:
+    """What the files of a report folder hold, merged over the ranks.
 
     Attributes:
         folder: as it was given.
         threshold: what ``rel_l2`` may be.
         rows: in order of their sequence.
-        faults: the exchanges that were not, in the same order.
+        faults: the exchanges that failed, in order of their sequence.
         settings: role -> its ranks and how they were configured, in words.
         counts: role -> the sums of its ranks' summaries.
         notes: what is missing from the files, in words.
@@ -70,8 +73,8 @@ class Report:
     counts: dict[str, dict[str, int]]
     notes: tuple[str, ...]
 
-    @staticmethod
-    def read(folder: str | Path, threshold: float = DEFAULT_THRESHOLD) -> Report:
+    @classmethod
+    def read(cls: type[_Data], folder: str | Path, threshold: float = DEFAULT_THRESHOLD) -> _Data:
         """The report of a folder with files ``graft-<role>-<rank>.jsonl``.
 
         Raises:
@@ -81,8 +84,8 @@ class Report:
             raise SglCommError(f"grafter: got threshold {threshold!r} for a report; expected a number from 0 on")
         files, others = read_folder(folder)
         faults = [fault for file in files for fault in file.faults]
-        return Report(
-            forms.shown_path(folder),
+        return cls(
+            printable(str(folder)),
             threshold,
             tuple(_rows(files, threshold)),
             tuple(sorted(faults, key=lambda fault: (fault.sequence, fault.role, fault.rank))),
@@ -103,36 +106,8 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether anything diverges, or any exchange was not."""
+        """Whether anything diverges, or any exchange failed."""
         return self.first is not None or self.num_faults > 0
-
-    def text(self) -> str:
-        """For a terminal; lines that are no rows begin with "#"."""
-        return forms.text(self)
-
-    def markdown(self) -> str:
-        """As Markdown, with tables as GitHub has them."""
-        return forms.markdown(self)
-
-    def html(self) -> str:
-        """As one page that needs no other file; with the plot, or why there is none."""
-        try:
-            image: bytes | str = plot.png(self, dpi=200)
-        except SglCommError as error:
-            image = str(error)
-        return forms.html(self, image)
-
-    def draw(self, path: str | Path) -> None:
-        """Writes the plot: the errors in order, and by layer (and step) where tensors have such tags.
-
-        Args:
-            path: ends in .png or .svg.
-
-        Raises:
-            SglCommError: another ending, or matplotlib is not installed.
-            OSError: the file cannot be written.
-        """
-        plot.draw(self, path)
 
 
 def _by_role(files: Iterable[RankFile]) -> dict[str, list[RankFile]]:
@@ -169,8 +144,12 @@ def _row(lines: Sequence[Exchange], threshold: float) -> Row:
 
 
 def _diverges(each: Comparison, threshold: float) -> bool:
-    uneven = each.nan[0] != each.nan[1] or each.inf[0] != each.inf[1]
-    return uneven or not each.rel_l2 <= threshold  # a NaN is not
+    return nonfinite_differ(each) or not each.rel_l2 <= threshold  # a NaN is not
+
+
+def nonfinite_differ(comparison: Comparison) -> bool:
+    """Whether NaNs or infinities are not as many in theirs as in ours."""
+    return comparison.nan[0] != comparison.nan[1] or comparison.inf[0] != comparison.inf[1]
 
 
 def _merged(compared: Sequence[Comparison]) -> Comparison:
@@ -178,28 +157,28 @@ def _merged(compared: Sequence[Comparison]) -> Comparison:
     return Comparison(
         sum(each.numel for each in compared),
         sum(each.differing for each in compared),
-        -_largest(-each.cosine for each in compared),
-        _largest(each.rel_l2 for each in compared),
-        _largest(each.max_abs for each in compared),
+        -largest(-each.cosine for each in compared),
+        largest(each.rel_l2 for each in compared),
+        largest(each.max_abs for each in compared),
         max(ulps) if ulps else None,
         (sum(each.nan[0] for each in compared), sum(each.nan[1] for each in compared)),
         (sum(each.inf[0] for each in compared), sum(each.inf[1] for each in compared)),
     )
 
 
-def _largest(values: Iterable[float]) -> float:
-    """NaN if there is one, wherever it stands."""
+def largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is one."""
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def _setting(files: Sequence[RankFile]) -> str:
-    """Of one role."""
+    """How the ranks of one role were configured, in words."""
     values: dict[str, dict[str, None]] = defaultdict(dict)
     for file in files:
         for name, text in file.setting.items():
             values[name][text] = None
     words = [f"{name} {' or '.join(texts)}" for name, texts in values.items()]
-    return ", ".join([f"ranks {forms.ranks([file.rank for file in files])}", *words])
+    return ", ".join([f"ranks {ranks_label([file.rank for file in files])}", *words])
 
 
 def _counts(files: Iterable[RankFile]) -> dict[str, int]:
@@ -230,5 +209,5 @@ def _notes(files: Sequence[RankFile]) -> list[str]:
         missing = [rank for rank in range(worlds[-1] if worlds else 0) if rank not in there]
         if missing:
             more = f" and {len(missing) - _SHOWN_RANKS} more" if len(missing) > _SHOWN_RANKS else ""
-            notes.append(f"there is no file of {role} rank {forms.ranks(missing[:_SHOWN_RANKS])}{more}")
+            notes.append(f"there is no file of {role} rank {ranks_label(missing[:_SHOWN_RANKS])}{more}")
     return notes

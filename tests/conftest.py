@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from cases import CPU_WORLDS, GPU_WORLDS, Ranks, ranks_on
+
+from helpers.ranks import CPU_WORLDS, GPU_WORLDS, Ranks, ranks_on
 
 # What Inductor compiles for a CPU is compiled without vector instructions, in the processes of all tests: to find out
 # which there are takes it half a minute of trial builds, and each kernel takes it twice as long with them.

@@ -1,7 +1,7 @@
 """compute-sanitizer over the CUDA kernels, on simulated ranks: `python tests/sanitize.py`.
 
 `--tools` names the tools to run (default: all), and what else is given goes to pytest. Each tool must first find the
-fault that is planted for it, then nothing in tests/test_simulated.py.
+fault that is planted for it, then nothing in tests/ops/test_simulated.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     options, arguments = parser.parse_known_args()
-    tests = [sys.executable, "-m", "pytest", "-v", str(TESTS / "test_simulated.py")]
+    tests = [sys.executable, "-m", "pytest", "-v", str(TESTS / "ops" / "test_simulated.py")]
     verdicts, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         planted = str(Path(folder, "planted_faults"))

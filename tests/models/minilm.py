@@ -123,7 +123,7 @@ class _Weights:
     def __init__(self, path: Path, rank: int, world: int, device: torch.device) -> None:
         self.file, self.rank, self.world = safe_open(path, "pt", device=str(device)), rank, world
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full(self, name: str) -> torch.Tensor:
         return self.file.get_tensor(name)
 
     def share(self, name: str, dim: int) -> torch.Tensor:
@@ -138,10 +138,10 @@ class _Weights:
         return Linear(self.share(f"{name}.weight", 0), self.share(f"{name}.bias", 0))
 
     def norm(self, name: str, eps: float) -> LayerNorm:
-        return LayerNorm(self.whole(f"{name}.weight"), self.whole(f"{name}.bias"), eps)
+        return LayerNorm(self.full(f"{name}.weight"), self.full(f"{name}.bias"), eps)
 
     def output_and_norm(self, name: str, eps: float, group_name: str | None) -> OutputAndNorm:
-        bias = self.whole(f"{name}.dense.bias") if self.rank == 0 else None
+        bias = self.full(f"{name}.dense.bias") if self.rank == 0 else None
         return OutputAndNorm(
             self.share(f"{name}.dense.weight", 1), bias, self.norm(f"{name}.LayerNorm", eps), group_name
         )
@@ -172,7 +172,7 @@ class MiniLM:
             raise ValueError(f"MiniLM: {config.num_attention_heads} heads cannot be split over {world} ranks")
         weights = _Weights(folder / "model.safetensors", rank, world, torch.device(device))
         names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-        self.words, self.positions, self.types = (weights.whole(f"embeddings.{name}.weight") for name in names)
+        self.words, self.positions, self.types = (weights.full(f"embeddings.{name}.weight") for name in names)
         self.norm = weights.norm("embeddings.LayerNorm", config.layer_norm_eps)
         self.layers = [self._layer(weights, index, group_name) for index in range(config.num_hidden_layers)]
 

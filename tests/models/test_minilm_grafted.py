@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from grafting import Systems, free_port, systems
 
-import sgl_comm
+from helpers.grafting import Systems, free_port, systems
+from helpers.programs import environment
 from sgl_comm.__main__ import main
 from sgl_comm.grafter import Grafter, GrafterConfig
 from sgl_comm.testing import RankContext
@@ -97,9 +96,8 @@ def launch(role: str, world: int, environ: dict[str, str], *options: str) -> sub
     script = str(graft_minilm.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["--master-port", str(free_port()), script, *options]
-    environ = {**os.environ, **environ, "SGLCOMM_GRAFTER_ROLE": role}
-    environ["PYTHONPATH"] = str(Path(sgl_comm.__file__).parents[1])
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = environment(**environ, SGLCOMM_GRAFTER_ROLE=role)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_launches_of_torchrun_are_told_by_the_environment_alone(tmp_path: Path) -> None:

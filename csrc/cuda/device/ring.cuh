@@ -10,7 +10,7 @@
 // earlier launch has left there has another epoch. Within an epoch the word is never far from what is awaited, since no
 // rank gets ahead of its peers by more than its slots. No rank waits in vain: what a block must have received to give
 // credit for tile k, its peers push with tile k + 1 at the latest, for which they need credit for tile k - 2 at most
-// (tests/test_protocol.py).
+// (tests/ops/test_protocol.py).
 #pragma once
 
 #include "cuda/device/partition.cuh"

@@ -2,7 +2,7 @@
 // seldom occur: a kernel with a call in it, though never made, takes 0.25 us longer. CUDA headers alone.
 //
 // What the hardware approximates is corrected by what it leaves over, which a fused multiply-add gives exactly
-// (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990). tests/rounding.cu
+// (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990). tests/ops/rounding.cu
 // compares them with the compiler's own.
 #pragma once
 

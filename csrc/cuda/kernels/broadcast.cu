@@ -14,7 +14,7 @@
 // it has seen (acquire) that each peer is done with tile n - kBroadcastSlots; so that peer has emptied what a source
 // had put there, or was that source itself. No rank waits in vain: what a receiver must have got to be done with tile n
 // - kBroadcastSlots, its source has pushed before; and it publishes its count after every kDoneTiles-th tile, or at the
-// start of its next launch if no tile of this one waits for it (tests/test_broadcast_protocol.py).
+// start of its next launch if no tile of this one waits for it (tests/ops/test_broadcast_protocol.py).
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/layout.cuh"
 #include "cuda/device/marks.cuh"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _ops = torch.ops.sgl_comm
 
 _NO_PROTOCOL = ""
-"""What the CUDA library is told of a group that no kernels of it serve."""
+"""The protocol of a group that the CUDA library knows but has no kernels for."""
 
 _live: dict[str, Communicator] = {}
 """Group name -> the open communicator of it."""

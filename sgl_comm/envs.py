@@ -115,7 +115,7 @@ _GRAFTER_FIELDS = {
     "on_dtype": ("error, cast or skip: what a receiver does with another dtype.", "error"),
     "on_shape": ("error, cast (a reshape of as many elements) or skip: what it does with another shape.", "error"),
     "strict": ("1: raise every fault, instead of logging and counting it.", "0"),
-    "token": ("What both sides must know before they meet.",),
+    "token": ("A secret that both sides must share.",),
     "report_dir": ("Where each rank's lines go, for `python -m sgl_comm graft-report`.", "graft_report"),
     "record_dir": ("Where mode=record writes tensors, and where mode=observe reads them instead of from a peer.",),
 }

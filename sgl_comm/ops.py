@@ -359,7 +359,7 @@ def grafter_broadcast_(input: Tensor, src: int, group_name: str) -> None:
 
     Raises:
         SglCommError: as for ``cfg_broadcast_``; or the call is inside a CUDA graph capture or under ``torch.compile``,
-            since a replay could not meet the other system.
+            since a replay could not reach the other system.
     """
     _call(_ops.grafter_broadcast_, input, src, group_name)
 

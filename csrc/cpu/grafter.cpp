@@ -147,7 +147,7 @@ GroupPtr check_call(const char* op, const Tensor& input, int64_t src, const std:
   auto group = groups().find(op, group_name);
   check_broadcast(op, input, src, group->world);
   SGL_CHECK(!input.is_cuda() || !in_graph_capture(), op, ": got ", describe(input),
-            " inside a CUDA graph capture; expected an eager call (a replay could not meet the other system)");
+            " inside a CUDA graph capture; expected an eager call (a replay could not reach the other system)");
   return group;
 }
 

@@ -87,18 +87,18 @@ def survey(rendezvous: Rendezvous, device: torch.device) -> Survey:
     if reason or rendezvous.world == 1:
         return Survey(reason, reason)
 
-    hosts, reason = _ask_all(rendezvous, "its host cannot be told", host_id)
+    hosts, reason = _ask_all(rendezvous, "its host cannot be determined", host_id)
     reason = reason or _why_not_hosts(hosts)
     if reason:
         return Survey(reason, reason)
 
-    uuids, reason = _ask_all(rendezvous, "its GPU cannot be told", lambda: device_uuid(_must_be_gpu(device)))
+    uuids, reason = _ask_all(rendezvous, "its GPU cannot be determined", lambda: device_uuid(_must_be_gpu(device)))
     if reason:
         return Survey(reason, reason)
 
     rows, reason = _ask_all(
         rendezvous,
-        "its GPU's peer access cannot be told",
+        "its GPU's peer access cannot be determined",
         lambda: "".join(kind.value for kind in peer_access(device, uuids)),
     )
     reason = reason or _why_not_access(rows) or transfer_check.check(rendezvous, uuids)

@@ -457,7 +457,7 @@ def wait_for_end(report_dir: str) -> None:
 
 @pytest.mark.parametrize("who", ["baseline", "target"])
 def test_a_large_tensor_where_one_side_has_no_descriptor_left(pair: Systems, tmp_path: Path, who: str) -> None:
-    """Shared memory carries it in pieces if the sender cannot make room; a receiver that cannot find it fails."""
+    """Shared memory carries it in pieces if the sender cannot reserve memory; a receiver without access fails."""
     (baseline,), (target,) = pair.run(run_without_descriptors, str(tmp_path), who, b2t_filter="True", backend="shm")
     if who == "baseline":
         assert baseline == target == ([1.0, 1.0], "")

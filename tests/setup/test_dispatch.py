@@ -225,12 +225,12 @@ def test_bytes_that_do_not_pass_leave_neither() -> None:
 @pytest.mark.parametrize(
     ("probe", "failing"),
     [
-        ("host_id", "its host cannot be told"),
-        ("device_uuid", "its GPU cannot be told"),
-        ("peer_access", "its GPU's peer access cannot be told"),
-        ("device_count", "its GPU's peer access cannot be told"),
-        ("can_device_access_peer", "its GPU's peer access cannot be told"),
-        ("_cuda_peer_access", "its GPU's peer access cannot be told"),
+        ("host_id", "its host cannot be determined"),
+        ("device_uuid", "its GPU cannot be determined"),
+        ("peer_access", "its GPU's peer access cannot be determined"),
+        ("device_count", "its GPU's peer access cannot be determined"),
+        ("can_device_access_peer", "its GPU's peer access cannot be determined"),
+        ("_cuda_peer_access", "its GPU's peer access cannot be determined"),
     ],
 )
 def test_a_probe_that_raises_on_one_rank_is_a_reason_on_all(probe: str, failing: str) -> None:
@@ -271,7 +271,7 @@ def test_any_device_name_is_fine(name: str) -> None:
     with_gpus, without = results[0]
     assert with_gpus == (Survey("", ""), "CustomAllReduceV2", True)
     assert without.v2 == without.v1
-    assert without.v2.startswith("rank 0: its GPU cannot be told (")
+    assert without.v2.startswith("rank 0: its GPU cannot be determined (")
 
 
 # --- entrances

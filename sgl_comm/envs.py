@@ -108,7 +108,7 @@ _GRAFTER_FIELDS = {
     "rank": ("This process's rank inside its side, where neither the default group nor RANK says it.",),
     "backend": ("gloo, nccl or shm: what carries the tensors.", "gloo"),
     "group_name": ("A name that both sides give themselves.", "sgl_comm_grafter"),
-    "timeout": ("Seconds (float) for the meeting of both sides, and for each exchange.", "300"),
+    "timeout": ("Seconds (float) for the handshake of both sides, and for each exchange.", "300"),
     "mode": ("graft, observe (compare alone) or record (into record_dir, without another side).", "graft"),
     "layout": ("How this side's ranks hold a tensor: Replicate, Shard(dim) or Pad(dim, size[, layout]).",),
     "transform_path": ("package.module.function: makes the receiver's tensor of the senders' pieces.",),

@@ -17,7 +17,19 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kOther };
 constexpr DType kSummedDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr const char* kSummedDTypeNames = "float32, bfloat16 or float16";  // for errors
 
-constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// Bytes of an element; kOther is an error.
+constexpr size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+    case DType::kOther:
+      break;
+  }
+  fail("sgl_comm: no size is known of dtype number ", static_cast<int>(dtype));
+}
 
 // Calls visit(std::integral_constant<DType, dtype>); kOther is an error.
 template <typename Visitor>

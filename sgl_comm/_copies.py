@@ -107,8 +107,8 @@ def _sources(search_path: Sequence[str]) -> Iterator[tuple[Path, bool]]:
     for found in metadata.distributions(name=PACKAGE, path=list(search_path)):
         try:
             noted = json.loads(found.read_text("direct_url.json") or "{}")
-            place = urlparse(noted["url"])
-            if place.scheme == "file":
-                yield Path(url2pathname(place.path)).resolve(), bool(noted.get("dir_info", {}).get("editable"))
+            url = urlparse(noted["url"])
+            if url.scheme == "file":
+                yield Path(url2pathname(url.path)).resolve(), bool(noted.get("dir_info", {}).get("editable"))
         except (AttributeError, KeyError, OSError, TypeError, ValueError):
             continue

@@ -52,10 +52,10 @@ def build_info() -> BuildInfo:
     Raises:
         SglCommError: there is no record beside the library, or it does not fit this version of the Python files.
     """
-    places = list(dict.fromkeys(_places()))
-    path = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
+    folders = list(dict.fromkeys(_folders()))
+    path = next((folder / RECORD for folder in folders if (folder / RECORD).is_file()), None)
     if path is None:
-        looked_in = " or ".join(map(str, places))
+        looked_in = " or ".join(map(str, folders))
         raise SglCommError(
             f"sgl_comm: the record of its build is missing: no {RECORD} in {looked_in}; build it again:"
             f" {_copies.build_again()}"
@@ -68,7 +68,7 @@ def build_info() -> BuildInfo:
         ) from error
 
 
-def _places() -> Iterator[Path]:
+def _folders() -> Iterator[Path]:
     """Where the record may be: beside the library that Python loads, or beside the file that it is a link to.
 
     An editable install in setuptools' strict mode links each file of the package, but not the record, into a folder of

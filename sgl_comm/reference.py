@@ -49,8 +49,8 @@ def all_gather(inputs: Sequence[Tensor]) -> Tensor:
     """
     first = inputs[0]
     out = torch.empty((len(inputs), *first.shape), dtype=first.dtype, device=first.device)
-    for place, tensor in zip(out, inputs, strict=True):
-        place.copy_(tensor)
+    for rows, tensor in zip(out, inputs, strict=True):
+        rows.copy_(tensor)
     return out.flatten(0, 1)
 
 
@@ -76,18 +76,18 @@ def row_sum(values: Tensor) -> Tensor:
     Returns:
         float32, of ``values``' shape with a last dimension of 1.
     """
-    groups = -(-values.size(-1) // 8)
-    slots = min(1024, -(-groups // 32) * 32)
-    rounds = max(1, -(-groups // slots))
-    places = torch.zeros((*values.shape[:-1], rounds * slots * 8))
-    places[..., : values.size(-1)] = values
-    by_group = _tree(places.unflatten(-1, (rounds, slots, 8)))
-    total = by_group[..., 0, :]
+    vectors = -(-values.size(-1) // 8)
+    partial_sums = min(1024, -(-vectors // 32) * 32)
+    rounds = max(1, -(-vectors // partial_sums))
+    padded = torch.zeros((*values.shape[:-1], rounds * partial_sums * 8))
+    padded[..., : values.size(-1)] = values
+    by_vector = _tree(padded.unflatten(-1, (rounds, partial_sums, 8)))
+    total = by_vector[..., 0, :]
     for number in range(1, rounds):
-        # A slot without a group in this round keeps what it has.
-        present = min(slots, groups - number * slots)
-        total = torch.cat([total[..., :present] + by_group[..., number, :present], total[..., present:]], -1)
-    trees = _tree(total.unflatten(-1, (slots // 32, 32)))
+        # A partial sum without a vector in this round keeps what it has.
+        present = min(partial_sums, vectors - number * partial_sums)
+        total = torch.cat([total[..., :present] + by_vector[..., number, :present], total[..., present:]], -1)
+    trees = _tree(total.unflatten(-1, (partial_sums // 32, 32)))
     if trees.size(-1) > 1:
         trees = _tree(torch.nn.functional.pad(trees, (0, 32 - trees.size(-1)))).unsqueeze(-1)
     return trees

@@ -19,7 +19,7 @@ _TEXT_BYTES = 512
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """A group of ranks and this process's place in it."""
+    """A group of ranks and this process's rank in it."""
 
     group: ProcessGroup
     name: str

@@ -1,23 +1,7 @@
 """The ops of ``torch.ops.sgl_comm`` as typed functions, whose errors are ``SglCommError``.
 
 Below each function stands what compilers need of its op; ``GroupOps`` at the end has the ops as methods of a group.
-What serves an op, by the device of its tensor (``Communicator.explain`` says it for one tensor):
-
-=====================================  =========================  ==========================================
-op                                     CPU                        CUDA
-=====================================  =========================  ==========================================
-``all_reduce``, ``all_reduce_``        shared memory              push, else pull, else NCCL or gloo
-``cfg_all_reduce``, in place (``_``)   shared memory              push, else pull, else NCCL or gloo
-``reduce_scatter``, ``all_gather``     shared memory              push, else NCCL or gloo
-``cfg_broadcast``, in place (``_``)    shared memory              push, else NCCL or gloo
-``tp_attn_all_reduce_and_layernorm``   shared memory, then norm   push and norm in one launch, else one by one
-``custom_all_reduce_v1``               an error                   pull, else an error
-``custom_all_reduce_v2``               an error                   push, else an error
-``grafter_broadcast_``                 shared memory, else gloo   shared memory, else NCCL or gloo
-=====================================  =========================  ==========================================
-
-Where shared memory cannot serve a group, gloo does. Where something is summed, dtypes other than float32, bfloat16 and
-float16, and reduce ops other than "sum", go to NCCL or gloo.
+``docs/usage.md`` says what serves which op on which device, and ``Communicator.explain`` what serves one tensor.
 """
 
 from __future__ import annotations

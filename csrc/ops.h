@@ -66,8 +66,7 @@ constexpr const char* kSchemas[] = {
     " str norm=\"rms\", float weight_offset=0.0, *, str group_name) -> (Tensor, Tensor)",
 
     // Between two running systems that the grafter has joined: rank src's input into the others', bit for bit, for
-    // every
-    // dtype and layout, in place.
+    // every dtype and layout, in place.
     "grafter_broadcast_(Tensor(a!) input, int src, str group_name) -> ()",
     "_grafter_receive_(Tensor(a!) staging, Tensor(b!) ours, bool take, int src, str group_name) -> Tensor",
     "_grafter_compare(Tensor theirs, Tensor ours) -> Tensor",

@@ -15,7 +15,7 @@ enum class Algorithm { kOneShot, kTwoShot, kOneShotRing, kTwoShotRing };
 constexpr const char* kAlgorithmNames[] = {"one_shot", "two_shot", "one_shot_ring", "two_shot_ring"};
 inline const char* name_of(Algorithm algorithm) { return kAlgorithmNames[static_cast<int>(algorithm)]; }
 
-// From sgl_comm/thresholds.py.
+// From sgl_comm/backends/thresholds.py.
 struct Thresholds {
   int64_t one_shot_bytes;  // the largest message that goes by one-shot
   int64_t ring_bytes;      // above it a ring is faster, though the workspace may hold the message at once

@@ -7,16 +7,15 @@
 //                        of a broadcast's ranks but the source, nothing.
 //   sums                 rank r's part written by rank r after it saw every arrived >= e and before it raises
 //                        summed[r] to e; read by the peers after they saw that.
-//   tensor segment of r  a segment of rank r's own, as large as a tensor; written by it after it saw every arrived >=
-//   e-1
-//                        and before it raises arrived[r] to e; read by the peers after they saw that and before they
-//                        raise theirs to e+1, which has no slots. slot(r) of step e holds its handle.
+//   tensor segment of r  a segment of rank r's own, as large as a tensor; written by it after it saw every
+//                        arrived >= e-1 and before it raises arrived[r] to e; read by the peers after they saw
+//                        that and before they raise theirs to e+1, which has no slots. slot(r) of step e holds
+//                        its handle.
 // Why reuse is safe. Slots alternate between two halves: step e+2 writes where e was. A rank gets to e+2 only after it
 // saw every arrived >= e+1, and a peer raises arrived to e+1 only after it has finished reading in step e. A step that
-// does not wait for every peer (of a broadcast) leaves that to the next one's beginning. The sums
-// would need one area only: they are written after every arrived >= e, which a peer raises after it has read those of
-// e-1. They have two all the same, since lines that the peer has just read are dear to write (1 MiB: 1.25 times
-// slower).
+// does not wait for every peer (of a broadcast) leaves that to the next one's beginning. The sums would
+// need one area only: they are written after every arrived >= e, which a peer raises after it has read those of e-1.
+// They have two all the same, since lines that the peer has just read are dear to write (1 MiB: 1.25 times slower).
 // Each raise is a release, each wait an acquire (flag.h).
 #pragma once
 

@@ -64,7 +64,7 @@ struct Weights {
 };
 
 // Rows one after the other, each a block's: new_residual = sums + residual, normed = its norm. Any length of a row; a
-// block has row_slots(hidden) threads. Each thread reads back only what it has itself written.
+// block has row_partials(hidden) threads. Each thread reads back only what it has itself written.
 struct NormParameters {
   const void* sums;
   const void* residual;

@@ -15,9 +15,9 @@ constexpr unsigned long long kEpoch = 1 << 16;  // of Control::started, the unit
 // The first bytes of each rank's workspace, of which a launch reads 16 at its start.
 //   started       the epoch, times kEpoch. Every block of a launch adds to it once, in all kEpoch, when all its
 //                 threads have read it: a block that has not yet read still finds the old epoch.
-//   abort         0, or a packed AbortCode: the group has failed. Written by any rank's kernel, the first time for
-//   good. buffer_state  a packed BufferState, written at the end of each launch by the block whose addition made up its
-//   kEpoch.
+//   abort         0, or a packed AbortCode: the group has failed. Written by any rank's kernel; the first one stays.
+//   buffer_state  a packed BufferState, written at the end of each launch by the block whose addition made up its
+//                 kEpoch.
 // All of it is written by the rank's own kernels, `abort` by the peers' too.
 struct alignas(16) Control {
   unsigned long long started;
